@@ -1,0 +1,232 @@
+"""Gradient attacks with a fixed budget: fgsm, bim, pgd, mim, ffgsm and apgd.
+
+Each takes a model that maps images in [0, 1] to logits, a batch x (B, C, H, W) and labels y (B,), and returns adversarial images inside
+the ball of radius eps and inside [0, 1]. eps and step_size are in pixel units of [0, 1], one number or one for each image. n steps cost n
+forward and n backward passes, and one forward more where iterates are judged (`keep` other than "last", or several restarts). Without a
+generator a fresh one with seed 0 is used. Bad input raises ValueError (see advlab.attacks.core)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from advlab.attacks import core
+from advlab.attacks.core import Loss, Model, Success, cross_entropy, fooled
+
+KEEP = ("last", "best", "first")
+
+
+def fgsm(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", loss: Loss = cross_entropy, targeted: bool = False,
+         generator: torch.Generator | None = None) -> Tensor:
+    """One step of length eps along the sign of the gradient (Goodfellow et al., arXiv 1412.6572); 1 + 1 passes. Nothing is drawn."""
+    return _attack(model, x, y, eps, steps=1, norm=norm, loss=loss, targeted=targeted)
+
+
+def bim(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 10, step_size=None, norm: str = "linf", loss: Loss = cross_entropy,
+        targeted: bool = False, keep: str = "last", generator: torch.Generator | None = None) -> Tensor:
+    """Basic iterative method, also IFGSM (Kurakin et al., arXiv 1607.02533): steps of step_size (default eps / steps) from x itself."""
+    return _attack(model, x, y, eps, steps=steps, step_size=step_size, norm=norm, loss=loss, targeted=targeted, keep=keep)
+
+
+def pgd(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 10, step_size=None, norm: str = "linf", restarts: int = 1,
+        random_init: bool = True, loss: Loss = cross_entropy, targeted: bool = False, keep: str = "last", success: Success = fooled,
+        generator: torch.Generator | None = None) -> Tensor:
+    """Projected gradient descent (Madry et al., arXiv 1706.06083) in l_inf or l2; step_size defaults to 2.5 eps / steps.
+
+    keep="last" returns the last iterate for n + n passes. keep="best" returns the iterate of greatest loss, one that fools the model
+    before any that does not. keep="first" lets an image leave the batch at the first iterate that fools the model: the same verdicts for
+    fewer passes. Both judge the last iterate too, n + 1 forward passes. Restarts, each judged by one forward pass, run on the images that
+    still stand. success(logits, y, targeted) -> (B,) bool says what counts as fooled, for models that may also reject an image."""
+    return _attack(model, x, y, eps, steps=steps, step_size=step_size, share=2.5, norm=norm, loss=loss, targeted=targeted, keep=keep,
+                   success=success, restarts=restarts, random_init=random_init, generator=generator)
+
+
+def mim(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 10, step_size=None, decay: float = 1.0, norm: str = "linf",
+        loss: Loss = cross_entropy, targeted: bool = False, keep: str = "last", generator: torch.Generator | None = None) -> Tensor:
+    """Momentum iterative method (Dong et al., arXiv 1710.06081): gradients divided by their mean magnitude and accumulated with `decay`."""
+    return _attack(model, x, y, eps, steps=steps, step_size=step_size, norm=norm, loss=loss, targeted=targeted, keep=keep, decay=decay)
+
+
+def ffgsm(model: Model, x: Tensor, y: Tensor, *, eps, step_size=None, loss: Loss = cross_entropy, targeted: bool = False,
+          generator: torch.Generator | None = None) -> Tensor:
+    """FGSM from a uniform start in the l_inf ball with a step of 1.25 eps (Wong et al., arXiv 2001.03994); 1 + 1 passes."""
+    return _attack(model, x, y, eps, steps=1, step_size=step_size, share=1.25, norm="linf", loss=loss, targeted=targeted, random_init=True,
+                   generator=generator)
+
+
+def _attack(model, x, y, eps, *, steps, norm, loss, targeted, step_size=None, share=1.0, keep="last", success=fooled, restarts=1,
+            random_init=False, decay=None, generator=None) -> Tensor:
+    """Checks, then restarts of `_walk`. The step size defaults to share * eps / steps."""
+    core.check_images(x, y)
+    core.check_steps(steps=steps, restarts=restarts)
+    core.check_choice("norm", norm, core.NORMS)
+    core.check_choice("keep", keep, KEEP)
+    eps = core.check_budget(eps, x)
+    step = eps * share / steps if step_size is None else core.check_budget(step_size, x, "step_size")
+    generator = core.default_generator(x, generator) if random_init else None
+    sign = -1.0 if targeted else 1.0
+
+    def objective(logits: Tensor, labels: Tensor) -> Tensor:
+        return sign * loss(logits, labels)
+
+    def done(logits: Tensor, labels: Tensor) -> Tensor:
+        return success(logits, labels, targeted)
+
+    x = x.detach()
+    with core.attacking(model):
+        best, worst = x.clone(), torch.full(x.shape[:1], -torch.inf, device=x.device)
+        alive = torch.arange(len(x), device=x.device)
+        for attempt in range(restarts):
+            xs, ys, es = x[alive], y[alive], eps[alive]
+            x_0 = core.random_start(xs, es, norm, generator) if random_init else xs
+            x_t, judged = _walk(model, xs, ys, x_0, es, step[alive], steps, norm, objective, done, keep, decay, check=attempt == 0)
+            if restarts == 1:
+                return core.finish(x_t)
+            if judged is None:
+                judged = _judge(model, x_t, ys, objective, done)
+            score, fell = judged
+            better = score > worst[alive]
+            best[alive] = torch.where(core.rows(better), x_t, best[alive])
+            worst[alive] = torch.where(better, score, worst[alive])
+            alive = alive[~fell]
+            if not len(alive):
+                break
+        return core.finish(best)
+
+
+def _judge(model, x, y, objective, done) -> tuple[Tensor, Tensor]:
+    """One forward pass: a score that puts every fooling image above the rest, and which fool the model."""
+    with torch.no_grad():
+        logits = model(x)
+        fell = done(logits, y)
+        return _score(objective(logits, y), fell), fell
+
+
+def _score(value: Tensor, fell: Tensor) -> Tensor:
+    return torch.where(fell, torch.inf, value)
+
+
+def _walk(model, x, y, x_t, eps, step, steps, norm, objective, done, keep, decay, check):
+    """`steps` steps from x_t. Returns the images kept and, unless keep is "last", their scores and whether they fool the model."""
+    velocity = torch.zeros_like(x_t) if decay is not None else None
+    best, score = x_t.clone() if keep != "last" else None, torch.full(x.shape[:1], -torch.inf, device=x.device)
+    alive = torch.arange(len(x), device=x.device)
+    for t in range(steps):
+        logits, value, grad = core.gradient(model, x_t, y, objective, check=y if check and t == 0 else None)
+        if keep == "best":
+            best, score = _keep_better(best, score, x_t, _score(value, done(logits, y)))
+        elif keep == "first":
+            fell = done(logits, y)
+            best[alive] = x_t
+            score[alive] = _score(value, fell)
+            if fell.any():
+                on = ~fell
+                alive, x, y, x_t, eps, step, grad = (v[on] for v in (alive, x, y, x_t, eps, step, grad))
+                velocity = velocity[on] if velocity is not None else None
+                if not len(alive):
+                    break
+        if decay is not None:
+            velocity = decay * velocity + grad / grad.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
+            grad = velocity
+        x_t = core.project(x_t + step * core.steepest(grad, norm), x, eps, norm)
+    if keep == "last":
+        return x_t, None
+    if len(alive):
+        last, _ = _judge(model, x_t, y, objective, done)
+        if keep == "first":
+            best[alive], score[alive] = x_t, last
+        else:
+            best, score = _keep_better(best, score, x_t, last)
+    return best, (score, score == torch.inf)
+
+
+def _keep_better(best: Tensor, score: Tensor, x_t: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    better = new > score
+    return torch.where(core.rows(better), x_t, best), torch.where(better, new, score)
+
+
+def apgd(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, norm: str = "linf", restarts: int = 1, loss: Loss = cross_entropy,
+         targets: Tensor | None = None, targeted: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    """Auto-PGD (Croce and Hein, arXiv 2003.01690, algorithm 1): momentum, and a step size per image that halves where progress stalls.
+
+    An image leaves the batch when it is fooled; the others come back at their greatest loss. targets (B,): ascend the targeted difference
+    of logits ratio towards that class instead of `loss` (APGD-T), any wrong class counting as success. targeted=True: y is the class to
+    reach. n + 1 forward and n backward passes at most for each restart, on the images that still stand."""
+    core.check_images(x, y)
+    core.check_steps(steps=steps, restarts=restarts)
+    core.check_choice("norm", norm, core.NORMS)
+    eps, generator, sign = core.check_budget(eps, x), core.default_generator(x, generator), -1.0 if targeted else 1.0
+    if targets is not None and (targets == y).any():
+        raise ValueError(f"a target equals its label, at image {int((targets == y).nonzero()[0])}; choose another class")
+    x = x.detach()
+    best, alive = x.clone(), torch.arange(len(x), device=x.device)
+    peak = torch.full(x.shape[:1], -torch.inf, device=x.device)
+    with core.attacking(model):
+        for attempt in range(restarts):
+            def objective(logits: Tensor, index: Tensor) -> Tensor:  # index: positions in the batch
+                if targets is not None:
+                    return core.dlr_targeted(logits, y[index], targets[index])
+                return sign * loss(logits, y[index])
+
+            x_t, value, done = _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generator, check=attempt == 0)
+            better = done | (value > peak[alive])
+            best[alive] = torch.where(core.rows(better), x_t, best[alive])
+            peak[alive] = torch.maximum(value, peak[alive])
+            alive = alive[~done]
+            if not len(alive):
+                break
+    return core.finish(best)
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """Iterations at which the step size may halve: p_0 = 0, p_1 = 0.22, gaps shrinking by 0.03 down to 0.06, in shares of the steps."""
+    p, marks = [0.0, 0.22], set()
+    while p[-1] <= 1:
+        marks.add(math.ceil(p[-1] * steps))
+        p.append(p[-1] + max(p[-1] - p[-2] - 0.03, 0.06))
+    return marks
+
+
+def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generator, check):
+    """One run from a random point of the ball's surface. Returns images, greatest losses and verdicts in the order of `alive`."""
+    out, top = x[alive].clone(), torch.full(alive.shape, -torch.inf, device=x.device)
+    verdict = torch.zeros(alive.shape, dtype=torch.bool, device=x.device)
+    at, index = torch.arange(len(alive), device=x.device), alive  # positions in `out` and in the batch
+    xs, es = x[index], eps[index]
+    noise = core.uniform(xs, generator) if norm == "linf" else core.gaussian(xs, generator)
+    scale = core.rows(noise.abs().amax((1, 2, 3))) if norm == "linf" else core.l2(noise)
+    x_t = (xs + es * noise / scale).clamp_(0, 1)
+    step, ups, since = 2 * es, torch.zeros_like(top), 0
+    x_old, x_best, g_best, f_old, f_best, f_mark, halved = x_t, x_t, None, top, top, top, torch.ones_like(verdict)
+    marks = _checkpoints(steps)
+    for t in range(steps + 1):
+        if t < steps:
+            logits, value, grad = core.gradient(model, x_t, index, objective, check=y[index] if check and t == 0 else None)
+        else:  # the last iterate is only judged
+            with torch.no_grad():
+                logits = model(x_t)
+                value, grad = objective(logits, index), torch.zeros_like(x_t)
+        g_best = grad if g_best is None else g_best
+        done = core.fooled(logits, y[index], targeted)
+        ups, since = ups + (value > f_old), since + 1
+        rose = value > f_best
+        x_best, g_best = (torch.where(core.rows(rose), a, b) for a, b in ((x_t, x_best), (grad, g_best)))
+        f_best, f_old = torch.where(rose, value, f_best), value
+        out[at] = torch.where(core.rows(done), x_t, x_best)
+        top[at], verdict[at] = f_best, done
+        if done.any():
+            on = ~done
+            at, index, xs, es, x_t, x_old, x_best = (v[on] for v in (at, index, xs, es, x_t, x_old, x_best))
+            grad, g_best, step, ups, f_old, f_best, f_mark = (v[on] for v in (grad, g_best, step, ups, f_old, f_best, f_mark))
+            halved = halved[on]
+        if t == steps or not len(at):
+            break
+        if t in marks:  # too few rises, or no better point since the last mark although the step was not halved there
+            stalled = (ups < 0.75 * since) | (~halved & (f_mark >= f_best))
+            step = torch.where(core.rows(stalled), step / 2, step)
+            x_t, grad = (torch.where(core.rows(stalled), a, b) for a, b in ((x_best, x_t), (g_best, grad)))
+            f_mark, halved, ups, since = f_best, stalled, torch.zeros_like(ups), 0
+        z = core.project(x_t + step * core.steepest(grad, norm), xs, es, norm)
+        x_new = core.project(x_t + 0.75 * (z - x_t) + 0.25 * (x_t - x_old), xs, es, norm) if t else z
+        x_old, x_t = x_t, x_new
+    return out, top, verdict

@@ -1,0 +1,160 @@
+"""The notebook series: which notebooks there are, what their parameters are, and running them with papermill.
+
+A notebook's cell tagged `parameters` holds the quick values as literals. `notebooks/params/<profile>.yaml` overrides them, in a section `common:`
+for every notebook and in one named after each notebook; -p name=value comes last. A name that a notebook does not know, or a value of another
+type, is an error before anything runs (papermill itself only warns)."""
+
+import ast
+import difflib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from advlab import paths
+
+PROFILES = ("smoke", "quick", "standard", "paper")
+
+
+class SeriesError(ValueError):
+    """An unknown notebook, profile or parameter, or a notebook that failed; the message says which, and what to do."""
+
+
+def names() -> list[str]:
+    """Every notebook of the series by its name NN_slug, in order."""
+    return sorted(p.stem for p in paths.notebooks().glob("[0-9][0-9]_*.ipynb"))
+
+
+def pick(wanted: Sequence[str] = ()) -> list[str]:
+    """Notebooks by number (01), by name or by file; all of them when none is named."""
+    known = names()
+    if not wanted:
+        return known
+    chosen = set()
+    for word in wanted:
+        stem = Path(word).stem
+        found = [name for name in known if stem in (name, name[:2])]
+        if not found:
+            raise SeriesError(f"unknown notebook {word!r}; the series has {', '.join(known)}")
+        chosen.update(found)
+    return sorted(chosen)
+
+
+def parameters(name: str) -> dict[str, Any]:
+    """The parameters of a notebook and their quick values, read from the literals of its tagged cell."""
+    import nbformat
+
+    cells = nbformat.read(paths.notebooks() / f"{name}.ipynb", as_version=4).cells
+    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise SeriesError(f"notebook {name} has {len(tagged)} cells tagged 'parameters'; it needs exactly one")
+    values = {}
+    for statement in ast.parse(tagged[0].source).body:
+        if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or not isinstance(statement.targets[0], ast.Name):
+            raise SeriesError(f"the parameters cell of {name} may only assign literals to names, found: {ast.unparse(statement)}")
+        values[statement.targets[0].id] = ast.literal_eval(statement.value)
+    return values
+
+
+def overrides(name: str, profile: str) -> dict[str, Any]:
+    """What a profile changes in a notebook: its sections `common` and NN_slug, checked against the parameters cell."""
+    import yaml
+
+    file = paths.notebooks() / "params" / f"{profile}.yaml"
+    if not file.exists():
+        known = sorted(p.stem for p in file.parent.glob("*.yaml"))
+        raise SeriesError(f"unknown profile {profile!r}; choose one of {', '.join(known)}")
+    sections = yaml.safe_load(file.read_text()) or {}
+    stray = set(sections) - {"common", *names()}
+    if stray:
+        raise SeriesError(f"{file.name} has a section {sorted(stray)[0]!r} that is neither 'common' nor a notebook")
+    values = {**(sections.get("common") or {}), **(sections.get(name) or {})}
+    return checked(name, {"profile": profile, **values}, file.name)
+
+
+def checked(name: str, values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The values, if the notebook knows every name and each has the type of the notebook's own value."""
+    known = parameters(name)
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"
+            raise SeriesError(f"notebook {name} has no parameter {key!r} (from {source}){hint}")
+        default = known[key]
+        number = isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool)
+        if default is not None and value is not None and not number and type(value) is not type(default):
+            raise SeriesError(f"parameter {key!r} of {name} takes a {type(default).__name__}, got {value!r} (from {source})")
+    return dict(values)
+
+
+def from_environment(name: str) -> dict[str, Any]:
+    """What `$ADVLAB_PROFILE` changes in a notebook, {} when it is not set: nbval runs the committed notebooks with it at `smoke`."""
+    profile = os.environ.get("ADVLAB_PROFILE")
+    return overrides(name, profile) if profile else {}
+
+
+def plan(wanted: Sequence[str], profile: str, dataset: str | None, given: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Each chosen notebook with the values that differ from its own, all checked. `given` must be known to one of the notebooks at least."""
+    chosen, steps = pick(wanted), []
+    asked = {**({"dataset": dataset} if dataset else {}), **given}
+    for key in asked:
+        if not any(key in parameters(name) for name in chosen):
+            checked(chosen[0], {key: asked[key]}, "the command line")
+    for name in chosen:
+        known = parameters(name)
+        own = checked(name, {k: v for k, v in asked.items() if k in known}, "the command line")
+        values = overrides(name, profile) | own
+        steps.append((name, {k: v for k, v in values.items() if known[k] != v}))
+    from advlab import data
+
+    for kind in {values.get("dataset", parameters(name).get("dataset")) for name, values in steps} - {None}:
+        data.find(kind)
+    return steps
+
+
+def run(wanted: Sequence[str] = (), *, profile: str = "quick", dataset: str | None = None, given: Mapping[str, Any] | None = None,
+        refresh: bool = False, progress: bool = True) -> list[Path]:
+    """Execute notebooks with papermill and return the executed copies, runs/<profile>/<dataset>/NN_slug.ipynb.
+
+    The copy is saved after every cell, so that a failure leaves it; a SeriesError then names notebook and cell. refresh=True puts the outputs
+    into the notebooks themselves (for the committed ones)."""
+    import papermill
+    from tqdm import tqdm
+
+    steps, done = plan(wanted, profile, dataset, given or {}), []
+    bar = tqdm(steps, disable=not progress, unit="notebook")
+    for name, values in bar:
+        bar.set_description(name)
+        known = parameters(name)
+        out = paths.runs(profile, values.get("dataset", known.get("dataset", "none"))) / f"{name}.ipynb"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        try:
+            papermill.execute_notebook(paths.notebooks() / f"{name}.ipynb", out, parameters=values, cwd=paths.notebooks(), kernel_name="python3",
+                                       progress_bar=False, request_save_on_cell_execute=True)
+        except papermill.exceptions.PapermillExecutionError as error:
+            first = next((line for line in error.source.splitlines() if line.strip()), "")
+            raise SeriesError(f"notebook {name} failed in cell {error.cell_index} ({first.strip()}): {error.ename}: {error.evalue}; "
+                              f"the copy up to there is {out}") from None
+        done.append(out)
+        tqdm.write(f"{name}: {time.perf_counter() - start:.0f} s -> {out}")
+        if refresh:
+            _refresh(out, paths.notebooks() / f"{name}.ipynb")
+    return done
+
+
+def _refresh(executed: Path, notebook: Path) -> None:
+    """Put an executed copy in the notebook's place, without papermill's paths and times."""
+    import nbformat
+
+    document = nbformat.read(executed, as_version=4)
+    document.metadata.pop("papermill", None)
+    for cell in document.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if cell.metadata.get("tags") == []:
+            del cell.metadata["tags"]
+    fresh = notebook.with_suffix(".tmp")
+    nbformat.write(document, fresh)
+    os.replace(fresh, notebook)

@@ -1,0 +1,68 @@
+"""The classifiers that the whole series shares: trained once, in notebook 00 or by whoever asks first, and cached.
+
+A recipe belongs to a profile and a role: `target` is the classifier that every defence protects, `adversarial` the same architecture trained
+adversarially, the yardstick of every claim. Networks and budgets are those of the README's table of profiles."""
+
+from functools import partial
+
+from torch import nn
+
+from advlab import training
+from advlab.data import Dataset, random_crop, random_flip
+from advlab.models import classifier
+
+# architecture, its width, and what training.load_or_fit takes; `method` names a step of advlab.training
+RECIPES = {
+    "smoke": {
+        "target": {"arch": "small_cnn", "width": 8, "epochs": 1, "lr": 0.1},
+        "adversarial": {"arch": "small_cnn", "width": 8, "epochs": 1, "lr": 0.1, "method": "fast_fgsm"},
+    },
+    "quick": {
+        "target": {"arch": "small_cnn", "width": 16, "epochs": 8, "lr": 0.2},
+        "adversarial": {"arch": "small_cnn", "width": 16, "epochs": 8, "lr": 0.2, "method": "fast_fgsm"},
+    },
+    "standard": {
+        "target": {"arch": "resnet18", "width": 16, "epochs": 12, "lr": 0.2},
+        "adversarial": {"arch": "resnet18", "width": 16, "epochs": 8, "lr": 0.2, "method": "fast_fgsm"},
+    },
+    "paper": {
+        "target": {"arch": "resnet18", "width": 64, "epochs": 60, "lr": 0.1},
+        "adversarial": {"arch": "resnet18", "width": 64, "epochs": 30, "lr": 0.1, "method": "pgd_at", "steps": 10},
+    },
+}
+GREY = ("mnist", "fashion_mnist")  # no flips: digits and shoes have a left and a right
+SPARED = 512  # training images held out to watch fast adversarial training for collapse
+
+
+def shared(role: str, data: Dataset, profile: str, *, eps: float = 8 / 255, seed: int = 0, progress: bool = True) -> tuple[nn.Module, dict]:
+    """The classifier of a role ("target", "adversarial") for a training set and a profile, in eval mode, and its record (see load_or_fit).
+
+    It is trained on first use and read from data/checkpoints afterwards. eps is the l_inf budget of adversarial training. ValueError for an
+    unknown profile or role."""
+    if profile not in RECIPES or role not in RECIPES[profile]:
+        raise ValueError(f"no recipe for role {role!r} in profile {profile!r}; profiles: {', '.join(RECIPES)}; roles: {', '.join(RECIPES['quick'])}")
+    recipe = dict(RECIPES[profile][role])
+    method = recipe.pop("method", "standard")
+    mean, std = data.mean_std()
+    build = partial(classifier, recipe.pop("arch"), num_classes=data.num_classes, channels=data.shape[0], width=recipe.pop("width"),
+                    mean=mean, std=std)
+    settings = {"augment": augmentation(data), "batch_size": 128, "seed": seed, "progress": progress}
+    if method == "standard":
+        step, train = training.standard, data
+    else:
+        step = partial(getattr(training, method), eps=eps, **{k: recipe.pop(k) for k in ("steps",) if k in recipe})
+        spare, train = (data.x[:SPARED], data.y[:SPARED]), (data.x[SPARED:], data.y[SPARED:])
+        if len(train[0]) < SPARED:  # smoke: too few images to spare any
+            train = data
+        settings |= {"evaluate": partial(training.pgd_accuracy, x=spare[0], y=spare[1], eps=eps), "guard": "pgd_accuracy"}
+    return training.load_or_fit(f"{profile}-{data.name}-{role}-{seed}", build, step, train, **recipe, **settings)
+
+
+def augmentation(data: Dataset):
+    """Random shifts of an eighth of the side, and flips where left and right mean the same."""
+    pad = data.shape[1] // 8
+    return partial(random_crop, pad=pad) if data.name in GREY else partial(_crop_and_flip, pad=pad)
+
+
+def _crop_and_flip(x, *, pad: int, generator=None):
+    return random_flip(random_crop(x, pad, generator), generator)
