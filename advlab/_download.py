@@ -58,7 +58,7 @@ def fetch(name: str, root: str | os.PathLike | None = None, *, download: bool = 
     """Write NAME.npz into `root` (default data/raw), from the publisher's files where a folder has them, else from the network."""
     folders, (kind, wanted) = folders_of(root), PUBLIC[name]
     target = folders[-1]
-    advice = f"put {name}.npz, or the publisher's {', '.join(wanted)}, into {target}"
+    advice = f"put {name}.npz, or the publisher's {' and '.join(wanted)}, into {target}"
     found = {file: folder / file for folder in reversed(folders) for file in wanted if (folder / file).is_file()}
     if not download and len(found) < len(wanted):
         raise DataError(f"{name} is not in {' or '.join(map(str, folders))} and download is off: {advice}")

@@ -55,7 +55,7 @@ class Dataset:
         for start in range(0, len(self), 1000):
             for channel, pixels in enumerate(self.x[start : start + 1000].unbind(1)):
                 counts[channel] += torch.bincount(pixels.flatten(), minlength=256).cpu()
-        weights, levels = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
+        weights, levels = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
         mean = (weights * levels).sum(1)
         return mean.tolist(), ((weights * levels**2).sum(1) - mean**2).clamp(min=0).sqrt().tolist()
 

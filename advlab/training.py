@@ -181,7 +181,7 @@ def fit(model: nn.Module, step: Step, data, *, epochs: int, batch_size: int = 12
                         continue  # a resumed epoch: drawn and dropped, so that the rest is drawn as before
                     x, y = x.to(where, memory_format=layout if x.ndim == 4 else torch.preserve_format), y.to(where)
                     generator = _reseed(where, seed, run["epoch"], i)
-                    # no cache: weights cast under no_grad would serve the training pass too, which then gives them no gradient
+                    # no cache: in some releases weights cast under no_grad serve the training pass too, and get no gradient (pytorch issue 112583)
                     with torch.autocast(where.type, torch.bfloat16, enabled=amp, cache_enabled=False):
                         loss, metrics = step(model, x, y, generator)
                     opt.zero_grad()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from advlab import training
-from advlab.checkpoints import describe, digest, from_bytes, to_bytes
+from advlab.checkpoints import describe, digest, from_bytes, to_bytes, write
 from advlab.data import random_flip
 from advlab.models import Normalize, seeded
 from advlab.training import fast_fgsm, fit, load_or_fit, pgd_accuracy, pgd_at, standard, trades
@@ -381,6 +381,15 @@ def test_a_full_disk_is_reported_and_leaves_the_checkpoint(tmp_path, monkeypatch
     with pytest.raises(OSError, match=r"could not save .* is intact.*run\.partial"):
         fit(network(), standard, make_data(), checkpoint=checkpoint, **QUICK)
     assert from_bytes(checkpoint.read_bytes()[:-32])["run"]["epoch"] == 1 and [p.name for p in tmp_path.iterdir()] == ["run.partial"]
+
+
+def test_a_file_is_replaced_never_written_over(tmp_path):
+    """Who has the old file open still reads all of it."""
+    path = tmp_path / "new" / "file"
+    write(path, b"old")
+    with open(path, "rb") as file:
+        write(path, b"newer")
+        assert file.read() == b"old" and path.read_bytes() == b"newer" and list(path.parent.iterdir()) == [path]
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------------------------------

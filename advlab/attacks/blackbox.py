@@ -1,12 +1,12 @@
 """Attacks that see only the model's answers (square, spsa, genattack), only its decisions (hopskipjump), or another model (transfer).
 
-None differentiates the victim, so a masked gradient cannot stop them: a defence that falls here and not to the white box was met by a weak white box.
-A query is one image sent through the model once. An image that is fooled from the start costs one query and comes back unchanged, and one with eps = 0
-likewise; the others leave the batch as they fall. Without a generator a fresh one with seed 0 is used.
+None differentiates the victim, so no masked gradient stops them: a defence that falls here and not to the white box was met by a weak white box.
+A query is one image sent through the model once. An image that is fooled already costs one query and comes back unchanged; the others leave the
+batch as they fall. Without a generator a fresh one with seed 0 is used.
 
-hopskipjump and genattack are not borrowed, because foolbox 3.3.4 does neither right: its HopSkipJump scales probes and gradients by norms taken over the
-whole batch (on a linear model 32 images end 1.65 exact distances away after 12 steps, each alone at 1.06) and gives up on all images when one finds no
-start or a random model changes its mind; its GenAttack subtracts a logit from a sum of exponentials and returns failures as if they had succeeded."""
+hopskipjump and genattack are not borrowed, because foolbox 3.3.4 does neither right. Its HopSkipJump scales probes and gradients by norms of the
+whole batch (on a linear model 32 images end at 1.65 times the exact distance after 12 steps, each alone at 1.06), and gives up on all images when
+one has no start or a random model changes its mind; its GenAttack subtracts a logit from a sum of exponentials and returns failures unmarked."""
 
 import math
 from bisect import bisect_left
@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from advlab.attacks import core
+from advlab.attacks.adaptive import _hold
 from advlab.attacks.core import Loss, Model, cross_entropy, margin, rows
 from advlab.attacks.gradient import mim
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries of 10,000 after which Square halves the share p of changed pixels
 
 
-def _standing(model, x, y, eps, targeted) -> Tensor:
-    """One query an image: the positions of those that are not fooled yet and have a budget to be changed with."""
+def _standing(model: Model, x: Tensor, y: Tensor, eps: Tensor, targeted: bool) -> Tensor:
+    """One query an image: the positions of those that do not fool the model yet and may be changed at all."""
     logits = model(x)
     core.check_logits(logits, x, y)
-    return (~core.fooled(logits, y, targeted) & (eps.flatten() > 0)).nonzero().flatten()
+    return (~core.fooled(logits, y, targeted) & (eps.flatten() > 0)).nonzero().squeeze(1)
 
 
 def _integers(high: int, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -36,15 +37,21 @@ def _integers(high: int, x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _signs(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Fair signs -1 or 1 of x's dtype and the given shape."""
+    """Fair signs, -1 or 1, of x's dtype and the given shape."""
     return torch.randint(2, shape, generator=generator, device=generator.device).to(x.device, x.dtype) * 2 - 1
+
+
+def _share(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform draws from [0, 1] of x's shape."""
+    return core.uniform(x, generator) / 2 + 0.5
 
 
 # --- square -------------------------------------------------------------------------------------------------------------------------------
 
 
 def square(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", queries: int = 5000, p_init: float | None = None,
-           restarts: int = 1, loss: Loss = margin, targeted: bool = False, generator: torch.Generator | None = None, trace: list | None = None) -> Tensor:
+           restarts: int = 1, loss: Loss = margin, targeted: bool = False, generator: torch.Generator | None = None,
+           trace: list | None = None) -> Tensor:
     """Square Attack (Andriushchenko et al., arXiv 1912.00049): random search over squares, a place and signs of their own for every image.
 
     p_init, the share of pixels that the first squares cover, is 0.8 for l_inf and 0.1 for l2; the paper's schedule of halvings is stretched
@@ -69,7 +76,7 @@ def square(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", queri
             for k in range(queries - (attempt == 0)):
                 if not len(alive):
                     return core.finish(out)
-                p = p_init / 2 ** bisect_left(HALVINGS, k * 10_000 // queries)
+                p = p_init / 2 ** bisect_left(HALVINGS, (k - 1) * 10_000 // queries)
                 new = propose(xs, es, best, p, generator) if k else start(xs, es, generator)
                 logits = model(new)
                 done = core.fooled(logits, ys, targeted)
@@ -164,6 +171,8 @@ def spsa(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, samples: 
     pass holds more than max(chunk, 2 B) images. Images that still stand come back at the last iterate."""
     core.check_images(x, y)
     core.check_steps(steps=steps, samples=samples, chunk=chunk)
+    if not (delta > 0 and lr > 0):
+        raise ValueError(f"delta and lr must be positive, got {delta} and {lr}")
     eps, generator, sign = core.check_budget(eps, x), core.default_generator(x, generator), -1.0 if targeted else 1.0
     x = x.detach()
     out = x.clone()
@@ -203,8 +212,8 @@ def genattack(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, popu
     most 1 + population + steps (population - 1) queries an image. Images that still stand come back with their fittest noise."""
     core.check_images(x, y)
     core.check_steps(steps=steps, population=population)
-    if population < 2:
-        raise ValueError(f"population must be at least 2, got {population}")
+    if population < 2 or not temperature > 0:
+        raise ValueError(f"population must be at least 2 and temperature positive, got {population} and {temperature}")
     eps, generator, sign = core.check_budget(eps, x), core.default_generator(x, generator), 1.0 if targeted else -1.0
     x = x.detach()
     out = x.clone()
@@ -216,34 +225,30 @@ def genattack(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, popu
 
     with core.attacking(model), torch.no_grad():
         alive = _standing(model, x, y, eps, targeted)
+        if not len(alive):
+            return out
         xs, ys, es = x[alive], y[alive], eps[alive, None]
-        stale, plateaus = torch.zeros_like(alive), torch.zeros_like(alive)
         noise = es * core.uniform(xs[:, None].expand(-1, population, -1, -1, -1), generator)
-        fit = fitness(noise) if len(alive) else noise
+        fit, stale, plateaus = fitness(noise), torch.zeros_like(alive), torch.zeros_like(alive)
         for step in range(steps + 1):
-            if not len(alive):
-                break
             peak, best = fit.max(1, keepdim=True)
-            elite = noise[torch.arange(len(xs), device=x.device)[:, None], best]
+            elite = noise.take_along_dim(best[..., None, None, None], 1)
             out[alive], on = (xs + elite[:, 0]).clamp_(0, 1), peak[:, 0] < torch.inf
             if not on.all():
                 alive, xs, ys, es, fit, noise, peak, elite = (v[on] for v in (alive, xs, ys, es, fit, noise, peak, elite))
                 stale, plateaus = stale[on], plateaus[on]
             if step == steps or not len(alive):
                 break
-            share = (fit / temperature).softmax(1)
-            drawn = torch.multinomial(share.to(generator.device), 2 * population - 2, replacement=True, generator=generator).to(x.device)
-            pairs = noise[torch.arange(len(xs), device=x.device)[:, None], drawn].unflatten(1, (2, -1))
-            share = share.gather(1, drawn).view(len(xs), 2, -1, 1, 1, 1)
-            first, second = pairs.unbind(1)
-            coin = core.uniform(first, generator) / 2 + 0.5
-            children = torch.where(coin < share[:, 0] / share.sum(1), first, second)
-            rate, reach = (torch.clamp(high * 0.9**plateaus, min=low).view(-1, 1, 1, 1, 1) for high, low in ((0.5, 0.1), (0.4, 0.15)))
-            mutate = core.uniform(first, generator) < 2 * rate - 1
-            children = children + mutate * reach * es * core.uniform(first, generator)
+            chance = (fit / temperature).softmax(1)
+            drawn = torch.multinomial(chance.to(generator.device), 2 * population - 2, True, generator=generator).to(x.device)
+            mothers, fathers = noise[torch.arange(len(xs), device=x.device)[:, None], drawn].chunk(2, 1)
+            ours, theirs = chance.gather(1, drawn)[..., None, None, None].chunk(2, 1)
+            children = torch.where(_share(mothers, generator) * (ours + theirs) < ours, mothers, fathers)
+            rate, reach = (torch.clamp(first * 0.9**plateaus, min=last).view(-1, 1, 1, 1, 1) for first, last in ((0.5, 0.1), (0.4, 0.15)))
+            children = children + (_share(children, generator) < rate) * reach * es * core.uniform(children, generator)
             noise = torch.cat([elite, children.clamp(-es, es)], 1)
             fit = torch.cat([peak, fitness(noise[:, 1:])], 1)
-            stale = torch.where(fit[:, 1:].amax(1) > peak[:, 0], 0, stale + 1)
+            stale = torch.where(fit.argmax(1) > 0, 0, stale + 1)
             plateaus, stale = plateaus + stale // 100, stale % 100
     return core.finish(out)
 
@@ -253,14 +258,14 @@ def genattack(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, popu
 
 def hopskipjump(model: Model, x: Tensor, y: Tensor, *, steps: int = 32, norm: str = "l2", samples: int = 100, tries: int = 100,
                 start: Tensor | None = None, targeted: bool = False, chunk: int = 1024, generator: torch.Generator | None = None) -> Tensor:
-    """HopSkipJump (Chen et al., arXiv 1904.02144): the smallest change found by walking along the boundary between decisions, l2 or l_inf.
+    """HopSkipJump (Chen et al., arXiv 1904.02144): the smallest change found by walking along the boundary between decisions, l2 or linf.
 
-    Each step estimates the boundary's normal from samples sqrt(t) decisions, jumps along it, and halves the way back to x. It begins at start
-    (B, C, H, W), images that fool the model, or at the first uniform noise of `tries` that does; targeted attacks usually need a start. An image
-    without one comes back unchanged. With h = ceil(log2(d^1.5)), 18 for 3x32x32, at most 1 + tries + h + sum_t (samples sqrt(t) + 2 h) queries an
-    image, in passes of at most max(chunk, B) images. The nearest image that was seen to fool the model is returned."""
+    Each step estimates the boundary's normal from samples sqrt(t) decisions, jumps along it, and halves the way back to x. It begins at `start`
+    (B, C, H, W), images that fool the model, or else at the first of `tries` uniform noises that does; targeted attacks usually need a start. An
+    image without one comes back unchanged, any other as the nearest image that was seen to fool the model. With h = ceil(log2(d^1.5)), 18 for
+    3x32x32, at most 2 + tries + h + sum_t (samples sqrt(t) + 2 h) queries an image, in passes of at most max(chunk, B) images."""
     core.check_images(x, y)
-    core.check_steps(steps=steps, samples=samples, chunk=chunk)
+    core.check_steps(steps=steps, samples=samples, tries=tries, chunk=chunk)
     core.check_choice("norm", norm, core.NORMS)
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start must hold one image for each of x, shape {tuple(x.shape)}, got {tuple(start.shape)}")
@@ -274,8 +279,10 @@ def hopskipjump(model: Model, x: Tensor, y: Tensor, *, steps: int = 32, norm: st
     def size(v: Tensor) -> Tensor:
         return core.l2(v) if norm == "l2" else rows(v.abs().amax((1, 2, 3)))
 
-    def back(far: Tensor) -> Tensor:  # the images nearest to xs on the way from far that fool the model
-        near, low, high, reach = far, torch.zeros_like(size(far)), torch.ones_like(size(far)), size(far - xs)
+    def back(far: Tensor) -> Tensor:
+        """The image nearest to x on the way from `far`, which fools the model, that does so too."""
+        near, reach = far, size(far - xs)
+        low, high = torch.zeros_like(reach), torch.ones_like(reach)
         for _ in range(halvings):
             mid = (low + high) / 2
             z = torch.lerp(xs, far, mid) if norm == "l2" else core.project(far, xs, mid * reach, norm)
@@ -284,13 +291,14 @@ def hopskipjump(model: Model, x: Tensor, y: Tensor, *, steps: int = 32, norm: st
         return near
 
     def normal(t: int) -> Tensor:
+        """The direction into the fooling side at x_t: probes weighted with their decisions, less the mean decision where they differ."""
         radius = torch.full_like(size(x_t), 0.1) if t == 1 else (math.sqrt(d) * theta * core.l2(x_t - xs)).clamp_min(1e-12)
-        weighted, plain, votes, total = torch.zeros_like(x_t), torch.zeros_like(x_t), torch.zeros_like(radius), int(samples * math.sqrt(t))
-        left = total
+        weighted, plain, votes, left = torch.zeros_like(x_t), torch.zeros_like(x_t), torch.zeros_like(radius), int(samples * math.sqrt(t))
+        total = left
         while left:
             n = min(left, max(1, chunk // len(x_t)))
             u = (core.gaussian if norm == "l2" else core.uniform)(x_t.repeat(n, 1, 1, 1), generator)
-            z = (x_t + (radius * (u / core.l2(u)).view(n, *x_t.shape))).clamp_(0, 1)
+            z = (x_t + radius * (u / core.l2(u)).view(n, *x_t.shape)).clamp_(0, 1)
             vote = falls(z.flatten(0, 1), ys.repeat(n)).to(x.dtype).view(n, -1, 1, 1, 1) * 2 - 1
             u = (z - x_t) / radius
             weighted, plain, votes, left = weighted + (vote * u).sum(0), plain + u.sum(0), votes + vote.sum(0), left - n
@@ -298,21 +306,20 @@ def hopskipjump(model: Model, x: Tensor, y: Tensor, *, steps: int = 32, norm: st
         return core.steepest(weighted - torch.where(mean.abs() < 1, mean, 0) * plain, norm)
 
     with core.attacking(model), torch.no_grad():
-        alive = _standing(model, x, y, x.new_ones(len(x)), targeted)
-        out, found, todo = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device), alive
-        for attempt in range(tries + (start is not None)):
+        todo = _standing(model, x, y, x.new_ones(len(x)), targeted)
+        out, found = x.clone(), torch.zeros_like(y, dtype=torch.bool)
+        for attempt in range(-1 if start is not None else 0, tries):
             if not len(todo):
                 break
-            z = start[todo] if start is not None and attempt == 0 else core.uniform(x[todo], generator) / 2 + 0.5
+            z = start[todo].clamp(0, 1) if attempt < 0 else _share(x[todo], generator)
             hit = falls(z, y[todo])
             out[todo[hit]], found[todo[hit]], todo = z[hit], True, todo[~hit]
-        alive = found.nonzero().flatten()
-        if not len(alive):
+        if not found.any():
             return out
-        xs, ys = x[alive], y[alive]
-        x_t = best = back(out[alive])
+        xs, ys = x[found], y[found]
+        x_t = best = back(out[found])
         for t in range(1, steps + 1):
-            jump, step, todo, far = normal(t), size(x_t - xs) / math.sqrt(t), torch.arange(len(xs), device=x.device), x_t.clone()
+            jump, step, far, todo = normal(t), size(x_t - xs) / math.sqrt(t), x_t.clone(), torch.arange(len(xs), device=x.device)
             for _ in range(halvings):
                 z = (x_t[todo] + step[todo] * jump[todo]).clamp_(0, 1)
                 hit = falls(z, ys[todo])
@@ -321,64 +328,56 @@ def hopskipjump(model: Model, x: Tensor, y: Tensor, *, steps: int = 32, norm: st
                     break
             x_t = back(far)
             best = torch.where(size(x_t - xs) < size(best - xs), x_t, best)
-        out[alive] = best
+        out[found] = best
     return core.finish(out)
 
 
 # --- transfer -----------------------------------------------------------------------------------------------------------------------------
 
 
-class _Through(nn.Module):
-    """A function of models as a module that owns them, so that an attack can freeze them and check their mode."""
+class ensemble(nn.Module):
+    """The mean of several models' logits, as MI-FGSM fuses an ensemble (Dong et al., arXiv 1710.06081, section 3.3)."""
 
-    def __init__(self, function: Model, models: Sequence[Model]):
+    def __init__(self, models: Sequence[Model]):
         super().__init__()
-        self.function, self.models = function, nn.ModuleList(m for m in models if isinstance(m, nn.Module))
+        self.models = nn.ModuleList(_hold(model) for model in models)
+        if not self.models:
+            raise ValueError("an ensemble needs at least one model, got none")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        return torch.stack([model(x) for model in self.models]).mean(0)
 
 
-def ensemble(models: Sequence[Model]) -> nn.Module:
-    """The mean of the models' logits, which is how MI-FGSM fuses an ensemble (arXiv 1710.06081, section 3.3)."""
-    return _Through(lambda x: torch.stack([m(x) for m in models]).mean(0), models)
+class diverse(nn.Module):
+    """Input diversity (Xie et al., arXiv 1803.06978): with `probability`, a coin for each image, the model sees it shrunk to between `low` and 1
+    times its size and padded with zeros at random, one size and place for each call. (The paper enlarges 299 px to 330; shrinking suits models
+    of one fixed size.) Draws come from the generator, by default one with seed 0."""
 
+    def __init__(self, model: Model, probability: float = 0.5, generator: torch.Generator | None = None, low: float = 0.9):
+        super().__init__()
+        if not (0 <= probability <= 1 and 0 < low <= 1):
+            raise ValueError(f"probability must lie in [0, 1] and low in (0, 1], got {probability} and {low}")
+        self.model, self.probability, self.low = _hold(model), probability, low
+        self.generator = generator if generator is not None else torch.Generator().manual_seed(0)
 
-def diverse(model: Model, probability: float = 0.5, generator: torch.Generator | None = None, low: float = 0.9) -> nn.Module:
-    """Input diversity (Xie et al., arXiv 1803.06978): with this probability an image is shrunk to between low and 1 times its size, padded at random.
-
-    The size and the place are drawn anew at each call, the coin for each image. The paper enlarges 299 px to 330; we shrink, so that models of one
-    fixed size can be used."""
-    def function(x: Tensor) -> Tensor:
-        source = core.default_generator(x, generator)
-
-        def below(n: int) -> int:
-            return int(torch.randint(max(n, 1), (), generator=source, device=source.device))
-
+    def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
-        share = low + (1 - low) * (torch.rand((), generator=source, device=source.device).item())
-        h, w = max(round(share * height), 1), max(round(share * width), 1)
-        top, left = below(height - h + 1), below(width - w + 1)
+        scale, top, left, *coins = torch.rand(3 + len(x), generator=self.generator, device=self.generator.device).tolist()
+        h, w = (max(1, round((self.low + (1 - self.low) * scale) * n)) for n in (height, width))
+        top, left = int(top * (height - h + 1)), int(left * (width - w + 1))
         small = F.interpolate(x, (h, w), mode="bilinear", align_corners=False)
-        padded = F.pad(small, (left, width - w - left, top, height - h - top))
-        coin = torch.rand(len(x), generator=source, device=source.device).to(x.device)
-        return model(torch.where(rows(coin < probability), padded, x))
-    return _Through(function, [model])
+        chosen = rows(torch.tensor(coins, device=x.device) < self.probability)
+        return self.model(torch.where(chosen, F.pad(small, (left, width - w - left, top, height - h - top)), x))
 
 
 def transfer(model: Model, x: Tensor, y: Tensor, *, eps, surrogates: Model | Sequence[Model], steps: int = 10, step_size=None,
              decay: float = 1.0, diversity: float = 0.5, norm: str = "linf", loss: Loss = cross_entropy, targeted: bool = False,
              generator: torch.Generator | None = None) -> Tensor:
-    """Momentum iterative attack on one surrogate or an ensemble of them, with input diversity, for a victim that is never asked: no query at all.
+    """Images crafted on other models by momentum steps with input diversity, for a victim that is never asked: no query at all.
 
     surrogates: a model, or a list of models whose logits are averaged. diversity is the probability of `diverse`; with 0 this is `mim` on the
-    surrogates. `model`, the victim, is there for the common signature and is not called."""
-    models = list(surrogates) if isinstance(surrogates, list | tuple | nn.ModuleList) else [surrogates]
-    if not models:
-        raise ValueError("surrogates is empty; give at least one model to craft the images on")
-    if not 0 <= diversity <= 1:
-        raise ValueError(f"diversity is a probability and must lie in [0, 1], got {diversity}")
-    source = ensemble(models)
+    surrogates, and any of `mim`'s errors may be raised. `model`, the victim, stands there for the common signature and is not called."""
+    source = ensemble(list(surrogates) if isinstance(surrogates, list | tuple | nn.ModuleList) else [surrogates])
     if diversity:
         source = diverse(source, diversity, core.default_generator(x, generator))
     return mim(source, x, y, eps=eps, steps=steps, step_size=step_size, decay=decay, norm=norm, loss=loss, targeted=targeted)

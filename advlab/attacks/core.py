@@ -174,8 +174,8 @@ def project(x_adv: Tensor, x: Tensor, eps: Tensor, norm: str) -> Tensor:
 
 
 def steepest(grad: Tensor, norm: str) -> Tensor:
-    """The direction of unit norm along which a linear function with this gradient grows fastest."""
-    return grad.sign() if norm == "linf" else grad / l2(grad).clamp_min(1e-12)
+    """The direction of unit norm along which a linear function with this gradient grows fastest; NaN where the gradient is not finite."""
+    return grad.sign() + 0 * grad if norm == "linf" else grad / l2(grad).clamp_min(1e-12)  # sign alone would turn NaN into 0
 
 
 def default_generator(x: Tensor, generator: torch.Generator | None) -> torch.Generator:

@@ -229,4 +229,5 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
         z = core.project(x_t + step * core.steepest(grad, norm), xs, es, norm)
         x_new = core.project(x_t + 0.75 * (z - x_t) + 0.25 * (x_t - x_old), xs, es, norm) if t else z
         x_old, x_t = x_t, x_new
+    core.finish(x_t)
     return out, top, verdict
