@@ -84,9 +84,13 @@ def craft(victim: Model, attack: Callable, x: Tensor, y: Tensor, *, surrogate: M
         raise ValueError(f"a target equals its label at image {int((targets == y).nonzero()[0])}; draw targets with random_targets")
     before = judge(victim, x, y, draws=draws, batch_size=batch_size).double().mean(0) > 0.5
     index, out = before.nonzero().squeeze(1), x.clone()
-    for part in index.split(batch_size):
+    for part in _parts(index, batch_size):
         out[part] = attack(victim if surrogate is None else surrogate, x[part], (y if targets is None else targets)[part])
     return out, judge(victim, out, y, draws=draws, batch_size=batch_size) & before, before
+
+
+def _parts(index: Tensor, size: int) -> tuple[Tensor, ...]:
+    return index.split(size) if len(index) else ()
 
 
 def robustness(victim: Model, attack: Callable, x: Tensor, y: Tensor, *, surrogate: Model | None = None, draws: int = 1, batch_size: int = 256,
@@ -201,7 +205,7 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
     for number, (threat, name, attack, model) in enumerate(rungs(defence, parts, budget, eps=eps, norm=norm, generator=generator), 1):
         start, index = time.perf_counter(), (standing if drop else clean).nonzero().squeeze(1)
         own = clean.clone()
-        for part in index.split(batch_size):
+        for part in _parts(index, batch_size):
             x_adv = attack(defence if model is None else model, x[part], y[part])
             up = stands(x_adv, y[part])
             own[part] = up

@@ -19,7 +19,7 @@ def notebooks() -> Path:
 def archives() -> list[Path]:
     """Folders searched for data sets, in order: `$ADVLAB_DATA`, then data/raw."""
     extra = os.environ.get("ADVLAB_DATA")
-    return [Path(extra).expanduser().resolve()] * bool(extra) + [home() / "data" / "raw"]
+    return ([Path(extra).expanduser().resolve()] if extra else []) + [home() / "data" / "raw"]
 
 
 def checkpoints() -> Path:

@@ -12,12 +12,12 @@ from advlab.attacks.adaptive import eot
 from advlab.attacks.blackbox import _bump, diverse, ensemble, genattack, hopskipjump, spsa, square, transfer
 from advlab.attacks.gradient import mim, pgd
 
-SHAPE = (2, 6, 6)
+SHAPE = (1, 12, 12)
 BOUNDED = {
-    "square-linf": (partial(square, queries=600), "linf"),
-    "square-l2": (partial(square, norm="l2", queries=900), "l2"),
+    "square-linf": (partial(square, queries=300), "linf"),
+    "square-l2": (partial(square, norm="l2", queries=300), "l2"),
     "spsa": (partial(spsa, steps=30, samples=32, chunk=256), "linf"),
-    "genattack": (partial(genattack, steps=250), "linf"),
+    "genattack": (partial(genattack, steps=120), "linf"),
 }
 QUERYING = {**{name: attack for name, (attack, _) in BOUNDED.items()}, "hopskipjump-l2": partial(hopskipjump, steps=4),
             "hopskipjump-linf": partial(hopskipjump, steps=4, norm="linf")}
@@ -66,18 +66,16 @@ def test_falls_beyond_the_exact_distance_and_never_below_it(name, classes):
     attack, norm = BOUNDED[name]
     model, x, y = linear(classes)
     exact = distance(model, x, y, norm)
-    for factor, expected in ((0.95, False), (2.0, True)):
+    for factor, expected in ((0.95, False), (3.0, True)):
         x_adv = attack(model, x, y, eps=factor * exact)
         assert (wrong(model, x_adv, y) == expected).all(), f"{factor} of the exact distance"
         assert (size(x_adv - x, norm) <= factor * exact * (1 + 1e-5) + 1e-6).all()
         assert x_adv.min() >= 0 and x_adv.max() <= 1
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_square_comes_close_to_the_exact_distance(norm):
+def test_square_comes_close_to_the_exact_distance():
     model, x, y = linear()
-    exact = distance(model, x, y, norm)
-    assert wrong(model, square(model, x, y, eps=1.2 * exact, norm=norm, queries=3000), y).all()
+    assert wrong(model, square(model, x, y, eps=1.1 * distance(model, x, y, "linf"), queries=1000), y).all()
 
 
 @pytest.mark.parametrize("name", QUERYING)
@@ -107,7 +105,7 @@ def test_an_image_that_is_fooled_already_costs_one_query(name):
 def test_a_budget_of_zero_changes_nothing(name):
     model, x, y = linear()
     assert torch.equal(BOUNDED[name][0](model, x, y, eps=0.0), x)
-    eps = 2 * distance(model, x, y, BOUNDED[name][1])
+    eps = 3 * distance(model, x, y, BOUNDED[name][1])
     eps[::2] = 0
     moved = (BOUNDED[name][0](model, x, y, eps=eps) != x).flatten(1).any(1)
     assert moved.tolist() == [False, True] * (len(x) // 2)
@@ -149,7 +147,7 @@ def test_spsa_bounds_its_passes(chunk):
 def test_images_that_fall_leave_the_batch(name):
     attack, norm = BOUNDED[name]
     model, x, y = linear()
-    eps = 2 * distance(model, x, y, norm)
+    eps = 3 * distance(model, x, y, norm)
     eps[0] = 1e-4
     counting, alone = Counting(model), Counting(model)
     x_adv = attack(counting, x, y, eps=eps)
@@ -172,10 +170,10 @@ def test_square_traces_its_query_curve():
 
 def test_square_restarts_only_help():
     model, x, y = linear(4)
-    eps = 1.1 * distance(model, x, y, "linf")
-    once, thrice = (square(model, x, y, eps=eps, queries=25, restarts=n) for n in (1, 3))
-    assert (core.margin(model(thrice), y) >= core.margin(model(once), y)).logical_or(wrong(model, thrice, y)).all()
-    assert wrong(model, thrice, y).sum() > wrong(model, once, y).sum()
+    eps = 2.5 * distance(model, x, y, "linf")
+    once, often = (square(model, x, y, eps=eps, queries=40, restarts=n) for n in (1, 4))
+    assert (core.margin(model(often), y) >= core.margin(model(once), y)).logical_or(wrong(model, often, y)).all()
+    assert wrong(model, often, y).sum() > wrong(model, once, y).sum()
 
 
 def test_squares_pattern_by_hand():
@@ -198,7 +196,9 @@ def test_square_takes_any_image_size(shape, norm):
 def test_targeted(name):
     model, x, y = linear(4)
     target = model(x).argsort(1)[:, -2]
-    options = {"start": x.roll(1, 0)} if name.startswith("hop") else {"eps": 0.3 if BOUNDED[name][1] == "linf" else 2.5}
+    weight = model[1].weight.detach()
+    start = (weight[target] > weight.mean(0)).to(x.dtype).view_as(x)  # black and white: the corner of [0, 1]^d that suits the target
+    options = {"start": start} if name.startswith("hop") else {"eps": 0.3 if BOUNDED[name][1] == "linf" else 2.5}
     x_adv = QUERYING[name](model, x, target, targeted=True, **options)
     reached = model(x_adv).argmax(1) == target
     assert reached.all()
@@ -208,16 +208,16 @@ def test_targeted(name):
 
 @pytest.mark.parametrize("name", QUERYING)
 def test_needs_no_gradient(name):
-    linear_model, x, y = linear()
+    linear_model, x, _ = linear()
 
     def decisions(z):  # staircase in, labels out: no gradient anywhere, and only labels where the attack needs no more
         logits = linear_model((z * 50).round() / 50)
         return nn.functional.one_hot(logits.argmax(1), 2) * 5.0 if name.startswith("hop") else logits.detach()
 
     y = decisions(x).argmax(1)
-    with pytest.raises(ValueError, match="differentiably"):
+    with pytest.raises(ValueError, match="gradient"):
         pgd(decisions, x, y, eps=0.1)
-    options = {} if name.startswith("hop") else {"eps": 0.1 if BOUNDED[name][1] == "linf" else 0.7}
+    options = {} if name.startswith("hop") else {"eps": 4 * distance(linear_model, x, y, BOUNDED[name][1]) + 0.02}
     assert (decisions(QUERYING[name](decisions, x, y, **options)).argmax(1) != y).all()
 
 
@@ -236,16 +236,16 @@ def test_hopskipjump_nears_the_exact_distance_in_a_batch_as_alone(norm, bound):
 
 
 def test_hopskipjump_returns_images_without_a_start_unchanged():
-    model, x, y = linear()
+    x, y = torch.rand(6, *SHAPE, generator=torch.Generator().manual_seed(0)) / 2, torch.zeros(6, dtype=torch.int64)
 
-    def stubborn(z):  # gives way in the first half of the batch's colours only: a dark image is never misclassified
+    def stubborn(z):  # only gives way to images that noise never is: brighter than 0.9
         return torch.stack([torch.zeros(len(z)), z.mean((1, 2, 3)) - 0.9], 1)
 
-    assert torch.equal(hopskipjump(stubborn, x, torch.zeros_like(y), steps=2, tries=5), x)
+    assert torch.equal(hopskipjump(stubborn, x, y, steps=2, tries=5), x)
     start = x.clone()
     start[::2] = 1.0
-    x_adv = hopskipjump(stubborn, x, torch.zeros_like(y), steps=2, tries=5, start=start)
-    assert wrong(stubborn, x_adv, torch.zeros_like(y)).tolist() == [True, False] * (len(x) // 2)
+    x_adv = hopskipjump(stubborn, x, y, steps=2, tries=5, start=start)
+    assert wrong(stubborn, x_adv, y).tolist() == [True, False] * 3
     assert torch.equal(x_adv[1::2], x[1::2])
 
 
@@ -330,7 +330,7 @@ def test_diversity_passes_gradients_and_modes_on():
     (partial(spsa, eps=0.1, delta=0.0), "delta and lr must be positive"),
     (partial(genattack, eps=0.1, population=1), "population must be at least 2"),
     (partial(hopskipjump, tries=0), "tries must be a whole number"),
-    (partial(hopskipjump, start=torch.zeros(1, 2, 6, 6)), "start must hold one image for each"),
+    (partial(hopskipjump, start=torch.zeros(1, *SHAPE)), "start must hold one image for each"),
     (partial(transfer, eps=0.1, surrogates=nn.Flatten(), diversity=2), "probability must lie in"),
 ])
 def test_bad_options(attack, message):
@@ -350,4 +350,4 @@ def test_bad_input(name):
     with pytest.raises(ValueError, match="label 7 is out of range"):
         attack(model, x, torch.full_like(y, 7))
     with pytest.raises(ValueError, match="training mode"):
-        attack(nn.Sequential(nn.BatchNorm2d(2), model).train(), x, y)
+        attack(nn.Sequential(nn.BatchNorm2d(1), model).train(), x, y)

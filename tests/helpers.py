@@ -1,0 +1,83 @@
+"""For the tests of attacks: linear models whose nearest adversarial point is known, a counter of passes, and a check that nothing is left behind."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def linear_model(shape: tuple[int, int, int], classes: int = 2, seed: int = 0, bias: float = 0.0) -> nn.Sequential:
+    """Logits W (v - 1/2) for the flattened image v: all boundaries meet in the middle of the box. bias is added to the logit of class 0."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes)).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(model[1].weight.shape, generator=generator))
+        model[1].bias.copy_(-model[1].weight.sum(1) / 2)
+        model[1].bias[0] += bias
+    return model
+
+
+def closest(model: nn.Sequential, x: Tensor, y: Tensor, norm: str) -> Tensor:
+    """Distance (B,) from x to the nearest image in [0, 1] of another class than y, for a linear_model; infinite where there is none.
+
+    The nearest point of the box with w.d >= b is d = clip(t w), in l2, or clip(t sign(w)), in linf, for the least t that reaches b: bisection."""
+    weight, bias = model[1].weight.detach().double(), model[1].bias.detach().double()
+    v = x.flatten(1).double()
+    distances = []
+    for k in range(len(weight)):
+        w = weight[k] - weight[y]
+        b = -(v * w).sum(1, keepdim=True) - (bias[k] - bias[y])[:, None]
+        way = w if norm == "l2" else w.sign()
+        low, high = torch.zeros_like(b), 1 / way.abs().amin(1, keepdim=True).clamp_min(1e-9)
+        clip = lambda t, way=way: torch.minimum(torch.maximum(t * way, -v), 1 - v)  # noqa: E731
+        within = (w * clip(high)).sum(1) >= b[:, 0]
+        for _ in range(100):
+            middle = (low + high) / 2
+            enough = (w * clip(middle)).sum(1, keepdim=True) >= b
+            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+        distances.append(torch.where((y != k) & within, size(clip(high), norm), torch.inf))
+    return torch.stack(distances).amin(0).to(x.dtype)
+
+
+def size(delta: Tensor, norm: str) -> Tensor:
+    return delta.flatten(1).norm(2 if norm == "l2" else torch.inf, dim=1)
+
+
+class PassCounter:
+    """Counts the images and batches that pass forward through a model, and backward from its output; no parameter may ask for a gradient."""
+
+    def __init__(self, model: nn.Module):
+        self.forward = self.forward_batches = self.backward = self.backward_batches = 0
+        self.model = model
+
+    def __enter__(self) -> "PassCounter":
+        self.handle = self.model.register_forward_hook(self._count)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.handle.remove()
+
+    def _count(self, model: nn.Module, inputs: tuple, out: Tensor) -> None:
+        assert not any(p.requires_grad for p in model.parameters()), "a gradient of a parameter would be computed"
+        self.forward, self.forward_batches = self.forward + len(out), self.forward_batches + 1
+        if out.requires_grad:
+            out.register_hook(self._count_back)
+
+    def _count_back(self, grad: Tensor) -> None:
+        self.backward, self.backward_batches = self.backward + len(grad), self.backward_batches + 1
+
+
+def assert_pure(model: nn.Module, x: Tensor, y: Tensor, attack: Callable) -> Tensor:
+    """Run attack(model, x, y) twice: same answer, in [0, 1] and free of a graph; model, inputs and global generator as they were. The answer."""
+    state = {name: v.clone() for name, v in model.state_dict().items()}
+    kept, rng, modes = (x.clone(), y.clone()), torch.get_rng_state(), [m.training for m in model.modules()]
+    wanted = [p.requires_grad for p in model.parameters()]
+    x_adv = attack(model, x, y)
+    assert torch.equal(x_adv, attack(model, x, y)), "not deterministic"
+    assert x_adv.shape == x.shape and x_adv.dtype == x.dtype and not x_adv.requires_grad and not x.requires_grad
+    assert x_adv.min() >= 0 and x_adv.max() <= 1 and x_adv.data_ptr() != x.data_ptr()
+    assert torch.equal(x, kept[0]) and torch.equal(y, kept[1]) and torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(v, state[name]) for name, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes and [p.requires_grad for p in model.parameters()] == wanted
+    assert all(p.grad is None for p in model.parameters())
+    return x_adv
