@@ -4,6 +4,7 @@ PROFILE ?= quick
 DATASET ?=
 NOTEBOOK ?=
 VENV := .venv
+BENCH := .venv-bench
 RUN  := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 
@@ -45,6 +46,25 @@ lab: setup  ## JupyterLab on 127.0.0.1
 
 notebooks: setup  ## run the quick series and put its outputs into the committed notebooks
 	$(RUN) -m advlab run $(NOTEBOOK) --profile quick --refresh
+
+bench: $(BENCH)/.set-up  ## attacks beside their peers' in .venv-bench: speed, memory, strength (a quarter of an hour)
+	$(BENCH)/bin/python benchmarks/attacks.py
+	$(BENCH)/bin/python benchmarks/strength.py
+
+$(BENCH)/.set-up: requirements.lock benchmarks/requirements.txt pyproject.toml
+	@rm -f $@
+	@if command -v uv >/dev/null; then \
+	  uv venv -q --allow-existing --python "$$(command -v $(PYTHON))" $(BENCH) && \
+	  uv pip sync -q --python $(BENCH)/bin/python --require-hashes requirements.lock && \
+	  uv pip install -q --python $(BENCH)/bin/python --no-deps -r benchmarks/requirements.txt && \
+	  uv pip install -q --python $(BENCH)/bin/python --no-deps --no-build-isolation -e . ; \
+	else \
+	  $(PYTHON) -m venv $(BENCH) && \
+	  $(BENCH)/bin/python -m pip install -q --disable-pip-version-check --require-hashes --no-deps -r requirements.lock && \
+	  $(BENCH)/bin/python -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/requirements.txt && \
+	  $(BENCH)/bin/python -m pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . ; \
+	fi
+	@touch $@
 
 lock:  ## resolve requirements.lock anew (needs uv)
 	uv pip compile pyproject.toml --all-extras --universal --generate-hashes --no-emit-index-url --no-emit-find-links --no-header --no-annotate -q -o requirements.lock

@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("-p", dest="given", metavar="NAME=VALUE", action="append", default=[], help="a parameter; VALUE is a literal or a string")
     run.add_argument("--refresh", action="store_true", help="put the outputs into the committed notebooks")
     commands.add_parser("list", help="the notebooks and their parameters")
+    commands.add_parser("readme", help="make the README's tables from the committed results files")
     options = parser.parse_args(arguments)
 
     from advlab import series
@@ -24,6 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "list":
             for name in series.names():
                 print(name, *(f"  {key} = {value!r}" for key, value in series.parameters(name).items()), sep="\n")
+            return 0
+        if options.command == "readme":
+            from advlab import readme
+
+            readme.refresh()
             return 0
         series.run(options.notebooks, profile=options.profile, dataset=options.dataset, given=dict(map(assignment, options.given)),
                    refresh=options.refresh)

@@ -53,7 +53,10 @@ def parameters(name: str) -> dict[str, Any]:
     for statement in ast.parse(tagged[0].source).body:
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or not isinstance(statement.targets[0], ast.Name):
             raise SeriesError(f"the parameters cell of {name} may only assign literals to names, found: {ast.unparse(statement)}")
-        values[statement.targets[0].id] = ast.literal_eval(statement.value)
+        try:
+            values[statement.targets[0].id] = ast.literal_eval(statement.value)
+        except ValueError:
+            raise SeriesError(f"in the parameters cell of {name}, {ast.unparse(statement)} is no literal") from None
     return values
 
 

@@ -22,21 +22,22 @@ def closest(model: nn.Sequential, x: Tensor, y: Tensor, norm: str) -> Tensor:
 
     The nearest point of the box with w.d >= b is d = clip(t w), in l2, or clip(t sign(w)), in linf, for the least t that reaches b: bisection."""
     weight, bias = model[1].weight.detach().double(), model[1].bias.detach().double()
-    v = x.flatten(1).double()
-    distances = []
-    for k in range(len(weight)):
-        w = weight[k] - weight[y]
-        b = -(v * w).sum(1, keepdim=True) - (bias[k] - bias[y])[:, None]
-        way = w if norm == "l2" else w.sign()
-        low, high = torch.zeros_like(b), 1 / way.abs().amin(1, keepdim=True).clamp_min(1e-9)
-        clip = lambda t, way=way: torch.minimum(torch.maximum(t * way, -v), 1 - v)  # noqa: E731
-        within = (w * clip(high)).sum(1) >= b[:, 0]
-        for _ in range(100):
-            middle = (low + high) / 2
-            enough = (w * clip(middle)).sum(1, keepdim=True) >= b
-            low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-        distances.append(torch.where((y != k) & within, size(clip(high), norm), torch.inf))
-    return torch.stack(distances).amin(0).to(x.dtype)
+    v = x.flatten(1).double()[:, None]
+    w = weight[None] - weight[y][:, None]  # (B, classes, pixels)
+    b = -(v * w).sum(2, keepdim=True) - (bias[None] - bias[y][:, None])[:, :, None]
+    way = w if norm == "l2" else w.sign()
+
+    def clip(t: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(t * way, -v), 1 - v)
+
+    low, high = torch.zeros_like(b), 1 / way.abs().amin(2, keepdim=True).clamp_min(1e-9)
+    within = (w * clip(high)).sum(2) >= b[:, :, 0]
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = (w * clip(middle)).sum(2, keepdim=True) >= b
+        low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
+    rival = torch.arange(len(weight), device=y.device) != y[:, None]
+    return torch.where(rival & within, size(clip(high).flatten(0, 1), norm).view(b.shape[:2]), torch.inf).amin(1).to(x.dtype)
 
 
 def size(delta: Tensor, norm: str) -> Tensor:

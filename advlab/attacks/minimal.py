@@ -6,12 +6,13 @@ judge the answers with the model to tell the two from success. Nothing is drawn 
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from advlab.attacks import core
-from advlab.attacks.core import Loss, Model, cross_entropy, margin
+from advlab.attacks.core import Loss, Model, margin
 
 SHRINK = 0.9  # cw starts black and white pixels at tanh(w) = -0.9 and 0.9, where tanh has a slope, and not beyond 0.999999, where it has none
 
@@ -107,8 +108,9 @@ def ddn(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, gamma: float = 
     """Decoupled direction and norm, l2 (Rony et al., arXiv 1811.09600, algorithm 1); n + n passes.
 
     Iterates lie at distance eps from x, at first init_norm, which shrinks by the share gamma where the image is fooled and grows by it where it is
-    not; their direction follows the gradient of the cross-entropy, with steps annealed from 1 to 0.01. levels: round the pixels to that many equally
-    spaced values (256: what an 8-bit image can hold)."""
+    not; their direction follows the gradient, with steps annealed from 1 to 0.01. The gradient starts as the cross-entropy's, to which it stays
+    parallel in the paper, and ends as the margin's (see `_soft_margin`). levels: round the pixels to that many equally spaced values (256: what an
+    8-bit image can hold)."""
     _check_positive(gamma=gamma, init_norm=init_norm)
     if levels is not None and levels < 2:
         raise ValueError(f"levels must be 2 or more, or None for no rounding, got {levels}")
@@ -119,7 +121,7 @@ def ddn(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, gamma: float = 
         x_t = (x + delta * (core.rows(eps) / core.l2(delta).clamp_min(1e-12))).clamp_(0, 1)
         return eps, x_t if levels is None else x_t.mul_(levels - 1).round_().div_(levels - 1)
 
-    return _walk(model, x, y, steps, "l2", cross_entropy, targeted, init_norm, move)
+    return _walk(model, x, y, steps, "l2", targeted, init_norm, move)
 
 
 def fmn(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, norm: str = "l2", step_size: float = 0.3, gamma: float = 0.05,
@@ -129,7 +131,7 @@ def fmn(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, norm: str = "l2
     Gradient steps inside a ball whose radius eps is the distance to the linearised boundary until the image is fooled, and from then on shrinks by
     the share gamma where it is and grows by it where it is not; gamma is annealed to 0.001, the step, step_size * eps, to a hundredth. Departures:
     steps in proportion to eps and along the norm's own steepest direction (no scale to tune); gamma is added before the first success too, since the
-    estimate alone closes in on the boundary from inside and may never cross it; the gradient weighs all rivals (see `_soft_margin`).
+    estimate alone closes in on the boundary from inside and may never cross it; the gradient weighs all rivals at first (see `_soft_margin`).
 
     It takes FAB's place (arXiv 1907.02044) in AutoAttack: both close in on the boundary's point nearest to x, FAB for two forward passes and a
     backward pass a class and step, fmn for 1 + 1. With 20 steps towards each of the nine other classes the smallest norms had means of 0.463 and
@@ -145,13 +147,13 @@ def fmn(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, norm: str = "l2
         radius = core.rows(eps)
         return eps, core.project(x + delta + step_size * (0.01 + 0.99 * decay) * radius * core.steepest(grad, norm), x, radius, norm)
 
-    return _walk(model, x, y, steps, norm, _soft_margin, targeted, torch.inf, move)
+    return _walk(model, x, y, steps, norm, targeted, torch.inf, move)
 
 
-def _walk(model: Model, x: Tensor, y: Tensor, steps: int, norm: str, loss: Loss, targeted: bool, eps: float, move: Callable) -> Tensor:
+def _walk(model: Model, x: Tensor, y: Tensor, steps: int, norm: str, targeted: bool, eps: float, move: Callable) -> Tensor:
     """What ddn and fmn share, n + n passes: let `move` choose eps and the next iterate, judge it, keep it where it is the nearest that fools."""
     _check(x, y, norm, steps=steps)
-    objective, x = _upwards(loss, targeted), x.detach()
+    objective, x = _upwards(partial(_soft_margin, heat=1.0), targeted), x.detach()
     out = x.clone()
     with core.attacking(model):
         alive, x, y, value, grad = _stand(model, x, y, objective, targeted)
@@ -161,6 +163,7 @@ def _walk(model: Model, x: Tensor, y: Tensor, steps: int, norm: str, loss: Loss,
         least, eps, far = torch.full_like(value, torch.inf), torch.full_like(value, eps), _size(torch.maximum(x, 1 - x), _PRIMAL[norm])
         for t in range(steps - 1):
             decay = (1 + math.cos(math.pi * t / steps)) / 2
+            objective = _upwards(partial(_soft_margin, heat=decay), targeted)
             eps, x_t = move(decay, x, x_t - x, eps, far, value, grad, hit, least)
             logits, value, grad = core.gradient(model, x_t, y, objective)
             hit = core.fooled(logits, y, targeted)
@@ -178,9 +181,10 @@ def _size(v: Tensor, p: float) -> Tensor:
     return v.flatten(1).norm(p, dim=1).clamp_min(1e-12)
 
 
-def _soft_margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The margin, with the gradient of its smooth form (log-sum-exp for the maximum): the search follows all rivals and not only the first."""
-    soft = core.others(logits, y).logsumexp(1) - logits.gather(1, y[:, None]).squeeze(1)
+def _soft_margin(logits: Tensor, y: Tensor, heat: float) -> Tensor:
+    """The margin, with the gradient of its smooth form heat * log-sum-exp(z / heat): at heat 1 it is parallel to the cross-entropy's and follows all
+    rivals, so that a search is not caught by the first one it meets; as the heat cools it turns to the nearest, where the margin is exact."""
+    soft = heat * (core.others(logits, y) / heat).logsumexp(1) - logits.gather(1, y[:, None]).squeeze(1)
     return soft + (margin(logits, y) - soft).detach()
 
 

@@ -19,15 +19,24 @@ class Quantise(nn.Module):
         return straight_through((x * (self.levels - 1)).round() / (self.levels - 1), 0 * x)
 
 
-class RandomNoise(nn.Module):
-    """A restorer that adds uniform noise of +-`size` from its own generator: stochastic. Its cure is eot."""
+class RandomView(nn.Module):
+    """A restorer that shows square images rolled by any offset, turned and mirrored, with uniform noise of +-`noise`, all drawn anew for each
+    image from its own generator: stochastic. Its cure is eot."""
 
-    def __init__(self, size: float = 0.1, seed: int = 0):
+    def __init__(self, noise: float = 0.0, seed: int = 0):
         super().__init__()
-        self.size, self.generator = size, torch.Generator().manual_seed(seed)
+        self.noise, self.generator = noise, torch.Generator().manual_seed(seed)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x + self.size * core.uniform(x, self.generator)).clamp(0, 1)
+        (b, c, h, w), g = x.shape, self.generator
+        turn, down, across = torch.randint(2, (3, b), generator=g).to(x.device)
+        shift = torch.randint(h, (2, b, 1), generator=g).to(x.device)
+        at = torch.arange(h, device=x.device)
+        rows = (shift[0] + at * (1 - 2 * down[:, None])) % h
+        columns = (shift[1] + at * (1 - 2 * across[:, None])) % w
+        image, channel = torch.arange(b, device=x.device).view(b, 1, 1, 1), torch.arange(c, device=x.device).view(1, c, 1, 1)
+        x = torch.where(core.rows(turn) == 1, x.transpose(2, 3), x)[image, channel, rows.view(b, 1, h, 1), columns.view(b, 1, 1, w)]
+        return (x + self.noise * core.uniform(x, g)).clamp(0, 1)
 
 
 class Sharpen(nn.Module):
@@ -73,15 +82,15 @@ class Memory(nn.Module):
 
 
 class Brittle(nn.Module):
-    """A classifier behind a chessboard filter that multiplies the finest noise by `gain`: random noise hurts it as much as an attack."""
+    """A cheat like Memory that enlarges whatever has changed since the nearest stored image by `gain`: noise hurts it like an attack."""
 
-    def __init__(self, classifier: nn.Module, gain: float = 30.0):
+    def __init__(self, classifier: nn.Module, x: Tensor, gain: float = 20.0):
         super().__init__()
-        self.classifier, self.gain = classifier, gain
+        self.classifier, self.x, self.gain = classifier, x, gain
 
     def forward(self, x: Tensor) -> Tensor:
-        smooth = nn.functional.avg_pool2d(nn.functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        return self.classifier(x + self.gain * (x - smooth))
+        stored = self.x[torch.cdist(x.flatten(1), self.x.flatten(1)).argmin(1)]
+        return self.classifier((stored + self.gain * (x - stored)).clamp(0, 1))
 
 
 class Introspective(nn.Module):

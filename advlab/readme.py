@@ -1,0 +1,53 @@
+"""The README's tables, made from committed results files: `python -m advlab readme` rewrites what stands between `<!-- begin: NAME -->` and
+`<!-- end: NAME -->`. A test fails when the README and the files disagree."""
+
+import re
+from collections.abc import Callable, Iterable
+
+from advlab import paths, report
+
+
+def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    rows = [list(header), *map(list, lines)]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def share(row: dict) -> str:
+    """An accuracy with its interval, in per cent."""
+    return f"{100 * row['value']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+
+def classifiers() -> str:
+    """Clean accuracy, and accuracy under PGD, of the shared classifiers on Fashion-MNIST (notebooks 00 and 01, standard)."""
+    where = {"profile": "standard", "dataset": "fashion_mnist"}
+    first, second = (report.load_results(name, **where)["rows"] for name in ("00_data_and_classifiers", "01_gradient_attacks"))
+    roles = {"target": "ResNet-18 of width 16", "adversarial": "the same, adversarially trained at 8/255"}
+    lines = []
+    for role, what in roles.items():
+        clean = next(r for r in first if r["system"] == role and r["attack"] == "clean")
+        pgd = {round(255 * r["eps"], 3): r for r in second if r["system"] == role and r["attack"] == "pgd"}
+        attacked = [pgd[eps] for eps in (2, 4, 8)]
+        lines.append([what, f"{share(clean)}, n = {clean['n']:,}", *(share(r) for r in attacked)])
+    n, steps = attacked[0]["n"], attacked[0]["steps"]
+    table = markdown(["classifier", "clean", *(f"PGD-{steps} at {e}/255" for e in (2, 4, 8))], lines)
+    return f"{table}\n\nFashion-MNIST, profile `standard`; attacks on the first {n} test images; 95 % Wilson intervals."
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"classifiers": classifiers}
+
+
+def filled(text: str) -> str:
+    """The README with every block made anew. ValueError for a block that nobody makes."""
+    def fill(match: re.Match) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise ValueError(f"README.md has a block {name!r}; known ones are {', '.join(BLOCKS)}")
+        return f"<!-- begin: {name} -->\n{BLOCKS[name]()}\n<!-- end: {name} -->"
+
+    return re.sub(r"<!-- begin: (?P<name>\w+) -->.*?<!-- end: (?P=name) -->", fill, text, flags=re.S)
+
+
+def refresh() -> None:
+    file = paths.SOURCE / "README.md"
+    report.write_atomic(file, filled(file.read_text()).encode())

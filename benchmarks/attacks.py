@@ -1,0 +1,255 @@
+"""Speed and memory of every attack beside its peers' and beside the bare passes: `python benchmarks/attacks.py [--quick] [--variants]`.
+
+Within an attack, rounds go through all contestants in turn, and through the bare replay of the passes that each was seen to make: the same batches,
+forward and backward, with frozen parameters and nothing else. `ratio_bare` is the median over rounds of seconds over that replay's, and the verdict
+the median over rounds of ours over the fastest peer's, with quartiles. A peer that took over 1.3 times as long as ours in two rounds rests.
+Memory is the peak of what is allocated at one time during a short run, over that of one bare forward and backward pass."""
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from statistics import median, quantiles
+
+import torch
+from peers import Budget, Events, Run, absent, calibrate, call, correct, count, installed, lineup, network, passes
+from torch import Tensor, nn
+
+from advlab import report
+from advlab.attacks import core
+
+NETWORKS = {  # architecture: width, shape of an image, and just enough training for margins that look like a classifier's
+    "resnet18": (16, (3, 32, 32), {"limit": 2000, "epochs": 2, "batch_size": 50}),
+    "vgg0": (16, (1, 28, 28), {"epochs": 3, "batch_size": 64}),
+}
+ATTACKS = {
+    "fgsm": Budget(steps=1), "bim": Budget(steps=10), "mim": Budget(steps=10), "pgd": Budget(steps=10), "pgd-best": Budget(steps=10),
+    "apgd-ce": Budget(steps=10), "deepfool": Budget(steps=50), "cw": Budget(steps=50), "ddn": Budget(steps=50), "fmn-l2": Budget(steps=20),
+    "square": Budget(queries=100),
+}  # fmt: skip
+L2 = ("deepfool", "cw", "ddn", "fmn-l2")
+VARIABLE = ("apgd-ce", "deepfool", "square")  # images leave, so that their steps are not fixed
+STOPS_EARLY = (("cw", "torchattacks"),)  # it does less, so it is timed but runs in no race
+RESTS = 1.3
+
+
+# --- passes, time, memory -------------------------------------------------------------------------------------------------------------------
+
+
+def bare(model: nn.Module, x: Tensor, events: Events, longest: int = 20) -> tuple[Callable[[], None], float]:
+    """A function that makes those passes and nothing else, and how many times over they were made: of equal pairs only the first few are replayed."""
+    part = events[:longest] if len(set(events)) == 2 and events[0] != events[1] else events
+
+    def replay():
+        with core.attacking(model):
+            for (kind, n), (after, _) in zip(part, (*part[1:], part[0])):
+                if kind == "query":
+                    with torch.no_grad():
+                        model(x[:n])
+                elif kind == "forward":
+                    images = x[:n].detach().requires_grad_()
+                    out = model(images)
+                else:
+                    torch.autograd.grad(out.sum(), images, retain_graph=after == "backward")
+
+    return replay, len(events) / len(part)
+
+
+def clock(x: Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
+
+
+def time_of(f: Callable[[], object], model: nn.Module, on: Tensor, calls: int) -> float:
+    """Mean over calls; seeding and clearing what a peer leaves on the parameters are not timed."""
+    total = 0.0
+    for _ in range(calls):
+        torch.manual_seed(0)
+        start = clock(on)
+        f()
+        total += clock(on) - start
+        model.zero_grad(set_to_none=True)
+    return total / calls
+
+
+def peak(f: Callable[[], object], x: Tensor) -> int:
+    """The most bytes that tensors held at one time beyond what was there before: on the CPU from the profiler's record of the allocator."""
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        f()
+        return torch.cuda.max_memory_allocated(x.device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        f()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = top = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        top = max(top, now)
+    return top
+
+
+# --- one attack -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Entry:
+    """A contestant: its attack on a model and images, the passes it makes, and its seconds and its bare replay's, one of each a round."""
+
+    name: str
+    run: Run
+    model: nn.Module
+    x: Tensor
+    events: Events = ()
+    seconds: list[float] = field(default_factory=list)
+    bare: list[float] = field(default_factory=list)
+
+
+def entries(attack: str, budget: Budget, models: dict[str, nn.Module], x: Tensor, versions: dict) -> list[Entry]:
+    """Ours first, then ours on the variants of the model, then the peers. models: label ("" for the model itself) to network."""
+    found = [Entry(name, run, models[""], x) for name, run in lineup(attack, models[""], budget, versions).items() if " " not in name]
+    for label, model in models.items():
+        if label:
+            images = x.contiguous(memory_format=torch.channels_last) if label == "channels_last" else x
+            found.insert(1, Entry(f"advlab {label}", lineup(attack, model, budget, ["advlab"])["advlab"], model, images))
+    return found
+
+
+def race(entered: list[Entry], y: Tensor, *, rounds: int, least: float) -> list[Entry]:
+    """Those that did not fail, timed. Each reading lasts at least `least` seconds."""
+    racers, calls = [], {}
+    for entry in entered:
+        try:
+            _, entry.events = passes(partial(call, entry.run, entry.model, entry.x, y), entry.model)
+            racers.append(entry)
+        except Exception as error:
+            print(f"{entry.name} failed: {type(error).__name__}: {error}")
+    for entry in racers:
+        calls[entry.name] = max(1, math.ceil(least / time_of(partial(entry.run, entry.x, y), entry.model, y, 1)))
+    for _ in range(rounds):
+        bares = {}
+        for entry in racers:
+            ours = racers[0].seconds
+            if entry.name.startswith("advlab") or len(entry.seconds) < 2 or median(entry.seconds) <= RESTS * median(ours):
+                entry.seconds.append(time_of(partial(entry.run, entry.x, y), entry.model, y, calls[entry.name]))
+                key = (id(entry.model), entry.events)
+                if key not in bares:  # contestants that make the same passes share a replay
+                    replay, times = bare(entry.model, entry.x, entry.events)
+                    bares[key] = times * time_of(replay, entry.model, y, calls[entry.name])
+                entry.bare.append(bares[key])
+    return racers
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"low": low, "value": middle, "high": high}
+
+
+def measure(attack: str, budget: Budget, models: dict[str, nn.Module], x: Tensor, y: Tensor, versions: dict, *, network: str, rounds: int,
+            least: float) -> list[dict]:
+    """One attack on one network: a row for each contestant, and the verdict."""
+    racers = race(entries(attack, budget, models, x, versions), y, rounds=rounds, least=least)
+    short = {e.name: e for e in entries(attack, replace(budget, steps=min(budget.steps, 3), queries=3), models, x, versions)}
+    one = peak(bare(models[""], x, (("forward", len(x)), ("backward", len(x))))[0], x)
+    base = {"exhibit": "benchmark", "attack": attack, "norm": "l2" if attack in L2 else "linf", "eps": None if attack in L2 else budget.eps,
+            "steps": budget.queries if attack == "square" else budget.steps, "n": len(x), "seed": budget.seed, "network": network}
+    rows = []
+    for entry in racers:
+        brief, library = short[entry.name], entry.name.split()[0]
+        memory = peak(partial(call, brief.run, brief.model, brief.x, y), x)
+        rows.append(report.row(
+            **base, **count(entry.events, len(x)), **quartiles(entry.seconds), system=entry.name, unit="seconds", library=library,
+            library_version=versions[library], repetitions=len(entry.seconds), peak_ratio=memory / one,
+            ratio_bare=median([a / b for a, b in zip(entry.seconds, entry.bare)])))
+    if peers := [e for e in racers if not e.name.startswith("advlab") and (attack, e.name) not in STOPS_EARLY]:
+        ours, fastest = racers[0], min(peers, key=lambda e: median(e.seconds))
+        ratio = quartiles([a / b for a, b in zip(ours.seconds, fastest.seconds)])
+        rows.append(report.row(**base, **ratio, system="advlab / fastest peer", unit="ratio", peer=fastest.name,
+                               passed=ratio["value"] <= 1.03 or ratio["low"] <= 1))
+    return rows
+
+
+# --- variants of the model ------------------------------------------------------------------------------------------------------------------
+
+
+def variants(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
+    """The model in channels_last, and with batch norm folded into the convolution before it; both must give the same logits."""
+    found = {"channels_last": deepcopy(model).to(memory_format=torch.channels_last), "folded": folded(model)}
+    with torch.no_grad():
+        for label, variant in found.items():
+            torch.testing.assert_close(variant(x), model(x), rtol=1e-3, atol=1e-3, msg=lambda text, label=label: f"{label}: {text}")
+    return found
+
+
+def folded(model: nn.Module) -> nn.Module:
+    twin = deepcopy(model)
+    for parent in twin.modules():
+        children = list(parent.named_children())
+        for (name, first), (after, second) in pairwise(children):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                setattr(parent, name, torch.nn.utils.fusion.fuse_conv_bn_eval(first, second))
+                setattr(parent, after, nn.Identity())
+    return twin
+
+
+# --- the whole run --------------------------------------------------------------------------------------------------------------------------
+
+
+def show(rows: Sequence[dict]) -> None:
+    for r in rows:
+        if r["unit"] == "ratio":
+            print(f"{r['attack']:9} advlab / {r['peer']:13} {r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]  {'ok' if r['passed'] else 'SLOWER'}")
+        else:
+            print(f"{r['attack']:9} {r['system']:21} {r['value']:9.4f} s  iqr {(r['high'] - r['low']) / r['value']:5.1%}  x{r['repetitions']}"
+                  f"  passes {r['forward_passes']:6.1f} + {r['backward_passes']:6.1f}  / bare {r['ratio_bare']:5.2f}  peak {r['peak_ratio']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time every attack beside its peers and beside the bare passes.")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; rows go to runs/")
+    parser.add_argument("--variants", action="store_true", help="also pgd on the model in channels_last and with batch norm folded")
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--attack", nargs="*", choices=list(ATTACKS), default=list(ATTACKS))
+    options, started = parser.parse_args(), time.time()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    quick = options.quick
+    batch, rounds, least = (8, 2, 0.0) if quick else (64, 5, 0.25)
+    versions, missing = installed()
+    rows = absent(missing)
+    for arch, (width, shape, training) in NETWORKS.items():
+        if quick:
+            width, training = 4, {"limit": 200, "epochs": 1, "batch_size": 50}
+        model = network(arch, width, shape, optimizer="adam", lr=3e-3, progress=False, device=options.device, **training)
+        x, y = correct(model, shape, batch)
+        net = f"{arch} w{width} {'x'.join(map(str, shape))}"
+        eps = calibrate("pgd", model, x, y, Budget())
+        print(f"\n{net}: batch of {len(x)}, eps {255 * eps:.2f}/255, {torch.get_num_threads()} threads")
+        for attack in options.attack:
+            budget = replace(ATTACKS[attack], eps=eps)
+            if quick:
+                budget = replace(budget, steps=min(budget.steps, 3), queries=5)
+            models = {"": model} | (variants(model, x) if options.variants and attack == "pgd" else {})
+            new = measure(attack, budget, models, x, y, versions, network=net, rounds=rounds, least=least)
+            show(new)
+            rows += new
+    if fixed := [r for r in rows if r["system"] == "advlab" and r["attack"] not in VARIABLE]:
+        worst = max(fixed, key=lambda r: r["peak_ratio"])
+        print(f"\npeak memory of our fixed-step attacks: at most {worst['peak_ratio']:.2f} times a forward and backward pass ({worst['attack']})")
+    parameters = {"quick": quick, "rounds": rounds, "batch": batch, "libraries": ", ".join(f"{k} {v}" for k, v in versions.items()),
+                  "missing": ", ".join(missing) or None}
+    info = report.run_info(parameters, 0, started, device=options.device)
+    where = report.save_results("attacks_speed", rows, run=info, profile="smoke" if quick else "standard", dataset="benchmark")
+    print(f"{len(rows)} rows in {where}, after {info['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
