@@ -34,7 +34,45 @@ def classifiers() -> str:
     return f"{table}\n\nFashion-MNIST, profile `standard`; attacks on the first {n} test images; 95 % Wilson intervals."
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"classifiers": classifiers}
+def _benchmark(name: str) -> tuple[list[dict], str]:
+    """A benchmark's rows, and a line that says where they come from."""
+    document = report.load_results(name, profile="standard", dataset="benchmark")
+    run = document["run"]
+    return document["rows"], f"{run['parameters']['libraries']}; torch {run['versions']['torch']}, {run['device']}, {run['threads']} threads."
+
+
+def speed() -> str:
+    """Seconds of our attacks over those of their bare passes, and over the fastest peer's (benchmarks/attacks.py)."""
+    rows, source = _benchmark("attacks_speed")
+    ours = {(r["network"], r["attack"]): r for r in rows if r["system"] == "advlab"}
+    race = {(r["network"], r["attack"]): r for r in rows if r["unit"] == "ratio"}
+    lines = []
+    for key, r in ours.items():
+        against = race.get(key)
+        lines.append([key[1], key[0], f"{r['forward_passes']:.1f} + {r['backward_passes']:.1f}", f"{r['ratio_bare']:.2f}",
+                      f"{against['value']:.2f} [{against['low']:.2f}, {against['high']:.2f}] {against['peer']}" if against else "-",
+                      f"{r['peak_ratio']:.2f}"])
+    header = ["attack", "network", "passes an image", "time / bare passes", "time / fastest peer [quartiles]", "memory / bare pass"]
+    return f"{markdown(header, lines)}\n\nBatches of {rows[-1]['n']}, medians of interleaved rounds. {source}"
+
+
+def strength() -> str:
+    """What our attacks leave standing, or the norms they find, beside the strongest peer's (benchmarks/strength.py)."""
+    rows, source = _benchmark("attacks_strength")
+    ours = {(r["network"], r["attack"]): r for r in rows if r["system"] == "advlab"}
+    lines = []
+    for r in (r for r in rows if r["unit"] in ("points", "ratio") and r["system"].startswith("advlab ")):
+        mine = ours.get((r["network"], r["attack"]))
+        if r["unit"] == "points":
+            cells = [f"{100 * mine['value']:.1f} %", f"{100 * r['strongest_peer_leaves']:.1f} % ({r['peer']})", f"{r['value']:+.1f} points"]
+        else:
+            cells = [f"{mine['value']:.4g}" if mine else "", r["peer"], f"{r['value']:.3f} times"]
+        lines.append([r["attack"], r["network"], f"{255 * r['eps']:.2f}/255" if r["eps"] else f"least {r['norm']}", str(r["n"]), *cells])
+    header = ["attack", "network", "budget", "n", "advlab", "strongest peer", "difference"]
+    return f"{markdown(header, lines)}\n\nRobust accuracy, or mean norm; lower is stronger. Equal steps, starts and queries. {source}"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"classifiers": classifiers, "speed": speed, "strength": strength}
 
 
 def filled(text: str) -> str:

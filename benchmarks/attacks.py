@@ -2,10 +2,11 @@
 
 Within an attack, rounds go through all contestants in turn, and through the bare replay of the passes that each was seen to make: the same batches,
 forward and backward, with frozen parameters and nothing else. `ratio_bare` is the median over rounds of seconds over that replay's, and the verdict
-the median over rounds of ours over the fastest peer's, with quartiles. A peer that took over 1.3 times as long as ours in two rounds rests.
-Memory is the peak of what is allocated at one time during a short run, over that of one bare forward and backward pass."""
+the median over rounds of ours over the fastest peer's, with quartiles. A peer that took over 1.6 times as long as ours in one round, or 1.3 times in
+two, rests. Memory is the peak of what is allocated at one time during a short run, over that of one bare forward and backward pass."""
 
 import argparse
+import gc
 import math
 import os
 import time
@@ -35,13 +36,17 @@ ATTACKS = {
 L2 = ("deepfool", "cw", "ddn", "fmn-l2")
 VARIABLE = ("apgd-ce", "deepfool", "square")  # images leave, so that their steps are not fixed
 STOPS_EARLY = (("cw", "torchattacks"),)  # it does less, so it is timed but runs in no race
-RESTS = 1.3
+RESTS = (1.6, 1.3)  # times our seconds, after one round and after two
+
+
+def pair(x: Tensor) -> Events:
+    return ("forward", len(x)), ("backward", len(x))
 
 
 # --- passes, time, memory -------------------------------------------------------------------------------------------------------------------
 
 
-def bare(model: nn.Module, x: Tensor, events: Events, longest: int = 20) -> tuple[Callable[[], None], float]:
+def bare(model: nn.Module, x: Tensor, events: Events, longest: int = 8) -> tuple[Callable[[], None], float]:
     """A function that makes those passes and nothing else, and how many times over they were made: of equal pairs only the first few are replayed."""
     part = events[:longest] if len(set(events)) == 2 and events[0] != events[1] else events
 
@@ -85,6 +90,7 @@ def peak(f: Callable[[], object], x: Tensor) -> int:
         before = torch.cuda.memory_allocated(x.device)
         f()
         return torch.cuda.max_memory_allocated(x.device) - before
+    gc.collect()  # cycles that a run before has left would be freed in this one
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         f()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -116,33 +122,40 @@ def entries(attack: str, budget: Budget, models: dict[str, nn.Module], x: Tensor
     found = [Entry(name, run, models[""], x) for name, run in lineup(attack, models[""], budget, versions).items() if " " not in name]
     for label, model in models.items():
         if label:
-            images = x.contiguous(memory_format=torch.channels_last) if label == "channels_last" else x
-            found.insert(1, Entry(f"advlab {label}", lineup(attack, model, budget, ["advlab"])["advlab"], model, images))
+            found.insert(1, Entry(f"advlab {label}", lineup(attack, model, budget, ["advlab"])["advlab"], model, x))
     return found
 
 
 def race(entered: list[Entry], y: Tensor, *, rounds: int, least: float) -> list[Entry]:
-    """Those that did not fail, timed. Each reading lasts at least `least` seconds."""
-    racers, calls = [], {}
+    """Those that did not fail, timed. Each reading lasts at least `least` seconds; the run that records the passes is the first where it does."""
+    racers, first = [], {}
     for entry in entered:
         try:
+            bare(entry.model, entry.x, pair(entry.x))[0]()  # warms up
+            start = clock(y)
             _, entry.events = passes(partial(call, entry.run, entry.model, entry.x, y), entry.model)
+            first[entry.name] = clock(y) - start
             racers.append(entry)
         except Exception as error:
+            if entry.name == "advlab":
+                raise
             print(f"{entry.name} failed: {type(error).__name__}: {error}")
-    for entry in racers:
-        calls[entry.name] = max(1, math.ceil(least / time_of(partial(entry.run, entry.x, y), entry.model, y, 1)))
-    for _ in range(rounds):
+    ours, long = racers[0], first[racers[0].name] >= least
+    for k in range(rounds):
         bares = {}
         for entry in racers:
-            ours = racers[0].seconds
-            if entry.name.startswith("advlab") or len(entry.seconds) < 2 or median(entry.seconds) <= RESTS * median(ours):
-                entry.seconds.append(time_of(partial(entry.run, entry.x, y), entry.model, y, calls[entry.name]))
-                key = (id(entry.model), entry.events)
-                if key not in bares:  # contestants that make the same passes share a replay
-                    replay, times = bare(entry.model, entry.x, entry.events)
-                    bares[key] = times * time_of(replay, entry.model, y, calls[entry.name])
-                entry.bare.append(bares[key])
+            if k and entry is not ours and median(entry.seconds) > RESTS[k > 1] * median(ours.seconds):
+                continue
+            calls = max(1, math.ceil(least / first[entry.name]))
+            run = partial(entry.run, entry.x, y)
+            entry.seconds.append(first[entry.name] if long and not k else time_of(run, entry.model, y, calls))
+            key = (id(entry.model), entry.events)
+            if key not in bares:  # contestants that make the same passes share a replay; those of the peers alone are timed twice
+                if k > 1 and key not in [(id(e.model), e.events) for e in racers if e.name.startswith("advlab")]:
+                    continue
+                replay, times = bare(entry.model, entry.x, entry.events)
+                bares[key] = times * time_of(replay, entry.model, y, max(1, math.ceil(least * times / first[entry.name])))
+            entry.bare.append(bares[key])
     return racers
 
 
@@ -156,7 +169,7 @@ def measure(attack: str, budget: Budget, models: dict[str, nn.Module], x: Tensor
     """One attack on one network: a row for each contestant, and the verdict."""
     racers = race(entries(attack, budget, models, x, versions), y, rounds=rounds, least=least)
     short = {e.name: e for e in entries(attack, replace(budget, steps=min(budget.steps, 3), queries=3), models, x, versions)}
-    one = peak(bare(models[""], x, (("forward", len(x)), ("backward", len(x))))[0], x)
+    one = peak(bare(models[""], x, pair(x))[0], x)
     base = {"exhibit": "benchmark", "attack": attack, "norm": "l2" if attack in L2 else "linf", "eps": None if attack in L2 else budget.eps,
             "steps": budget.queries if attack == "square" else budget.steps, "n": len(x), "seed": budget.seed, "network": network}
     rows = []
@@ -179,8 +192,9 @@ def measure(attack: str, budget: Budget, models: dict[str, nn.Module], x: Tensor
 
 
 def variants(model: nn.Module, x: Tensor) -> dict[str, nn.Module]:
-    """The model in channels_last, and with batch norm folded into the convolution before it; both must give the same logits."""
-    found = {"channels_last": deepcopy(model).to(memory_format=torch.channels_last), "folded": folded(model)}
+    """The model (channels_last, as training.fit leaves it) with contiguous weights, and with batch norm folded into the convolution before it.
+    Both must give the same logits."""
+    found = {"contiguous": deepcopy(model).to(memory_format=torch.contiguous_format), "folded": folded(model)}
     with torch.no_grad():
         for label, variant in found.items():
             torch.testing.assert_close(variant(x), model(x), rtol=1e-3, atol=1e-3, msg=lambda text, label=label: f"{label}: {text}")
@@ -195,7 +209,7 @@ def folded(model: nn.Module) -> nn.Module:
             if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
                 setattr(parent, name, torch.nn.utils.fusion.fuse_conv_bn_eval(first, second))
                 setattr(parent, after, nn.Identity())
-    return twin
+    return twin.to(memory_format=torch.channels_last)
 
 
 # --- the whole run --------------------------------------------------------------------------------------------------------------------------
@@ -213,7 +227,7 @@ def show(rows: Sequence[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time every attack beside its peers and beside the bare passes.")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; rows go to runs/")
-    parser.add_argument("--variants", action="store_true", help="also pgd on the model in channels_last and with batch norm folded")
+    parser.add_argument("--variants", action="store_true", help="also pgd on the model with contiguous weights, and with batch norm folded")
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--attack", nargs="*", choices=list(ATTACKS), default=list(ATTACKS))

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import PassCounter, closest, linear_model, size
 from torch import nn
 
 from advlab import attacks
@@ -22,38 +23,19 @@ BOTH_NORMS = {name: a for name, a in ALL.items() if name != "ffgsm"}
 SHAPES = [(1, 4, 4), (3, 5, 7)]
 
 
-def linear(shape, classes=2, seed=0):
-    """Logits W v + b for the flattened image v, with a boundary through the middle of the box."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes)).eval()
-    with torch.no_grad():
-        model[1].bias.copy_(-model[1].weight.sum(1) / 2)
-    return model
-
-
 def images(model, shape, n, seed=1):
     x = 0.5 + 0.1 * (torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed)) - 0.5)
     return x, model(x).argmax(1)
-
-
-def distance(model, x, norm):
-    """Of a two-class linear model, in closed form: |z_0 - z_1| / dual norm of w_0 - w_1. The images lie so near the middle that no pixel clips."""
-    w, z = model[1].weight[0] - model[1].weight[1], model(x)
-    return ((z[:, 0] - z[:, 1]).abs() / (w.abs().sum() if norm == "linf" else w.norm())).detach()
-
-
-def size(delta, norm):
-    return delta.flatten(1).abs().amax(1) if norm == "linf" else delta.flatten(1).norm(dim=1)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("n", [1, 3, 8])
 @pytest.mark.parametrize(("name", "norm"), [*((name, "linf") for name in ALL), *((name, "l2") for name in BOTH_NORMS)])
 def test_success_just_beyond_the_boundary_and_failure_just_before(name, norm, n, shape):
-    model = linear(shape)
+    model = linear_model(shape)
     x, y = images(model, shape, n)
     options = {"norm": norm} if norm == "l2" else {}
-    away = distance(model, x, norm)
+    away = closest(model, x, y, norm)
     beyond, before = (ALL[name](model, x, y, eps=factor * away, **options) for factor in (1.05, 0.95))
     if name != "ffgsm":  # its step of 1.25 eps from a random start need not reach the corner
         assert (model(beyond).argmax(1) != y).all()
@@ -62,7 +44,7 @@ def test_success_just_beyond_the_boundary_and_failure_just_before(name, norm, n,
 
 
 def test_ffgsm_of_a_linear_model_moves_each_pixel_from_its_start_by_a_step():
-    model = linear((1, 4, 4))
+    model = linear_model((1, 4, 4))
     x, y = images(model, (1, 4, 4), 5)
     start = core.random_start(x, core.check_budget(0.02, x), "linf", torch.Generator().manual_seed(3))
     w = (model[1].weight[1] - model[1].weight[0]).view(1, 4, 4)
@@ -110,51 +92,23 @@ def test_contract(net, batch, name, norm, targeted):
     assert ("pgd" in name or name == "ffgsm") != torch.equal(drawn[0], drawn[2])
 
 
-class Counter:
-    """Counts images that go forward through a model and gradients that come back to its input, and fails if a parameter gets one."""
-
-    def __init__(self, model):
-        self.forward = self.backward = 0
-        self.model = model
-
-    def __call__(self, x):
-        out = self.model(x)
-        self.forward += len(x)
-        if x.requires_grad:
-            x.register_hook(lambda g: setattr(self, "backward", self.backward + len(g)))
-        for p in self.model.parameters():
-            assert not p.requires_grad
-        return out
-
-
-class Counted(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.counter = model, Counter(model)
-
-    def forward(self, x):
-        return self.counter(x)
-
-
 @pytest.mark.parametrize(("name", "forward", "backward"), [
     ("fgsm", 1, 1), ("ffgsm", 1, 1), ("bim", STEPS, STEPS), ("mim", STEPS, STEPS), ("pgd", STEPS, STEPS), ("pgd, margin", STEPS, STEPS),
     ("pgd, best", STEPS + 1, STEPS), ("pgd, restarts", 3 * (STEPS + 1), 3 * STEPS), ("apgd", STEPS + 1, STEPS + 1)])
 def test_passes(net, batch, name, forward, backward):
     """At eps = 0 nothing falls, so every image takes part in every pass. No attack ever asks for a gradient of a parameter."""
-    counted = Counted(net).eval()
-    ALL[name](counted, *batch, eps=0.0)
+    with PassCounter(net) as count:
+        ALL[name](net, *batch, eps=0.0)
     n = len(batch[0])
-    assert counted.counter.forward == forward * n
-    assert counted.counter.backward == backward * n if name != "apgd" else counted.counter.backward <= backward * n
+    assert count.forward == forward * n
+    assert count.backward == backward * n if name != "apgd" else count.backward <= backward * n
 
 
 def test_images_that_fall_leave_the_batch(net, batch):
-    counted = Counted(net).eval()
-    x_adv = pgd(counted, *batch, eps=1.0, steps=50, keep="first")
-    assert (net(x_adv).argmax(1) != batch[1]).all() and counted.counter.forward <= 0.2 * 50 * len(batch[0])
-    counted = Counted(net).eval()
-    apgd(counted, *batch, eps=1.0, steps=50)
-    assert counted.counter.forward <= 0.2 * 50 * len(batch[0])
+    for attack in (partial(pgd, keep="first"), apgd):
+        with PassCounter(net) as count:
+            x_adv = attack(net, *batch, eps=1.0, steps=50)
+        assert (net(x_adv).argmax(1) != batch[1]).all() and count.forward <= 0.2 * 50 * len(batch[0])
 
 
 @pytest.mark.parametrize("attack", [partial(pgd, steps=20), partial(mim, steps=20)])

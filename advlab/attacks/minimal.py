@@ -67,7 +67,8 @@ def cw(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, search_steps: in
     """Adam on |x_adv - x|^2 + c max(-margin, -kappa) in tanh space, l2 (Carlini and Wagner, arXiv 1608.04644, section VI).
 
     For each image the weight, at first `c`, grows tenfold until a search step fools the model, and is bisected from then on. An answer's margin is
-    kappa or more; the nearest of all iterates is returned. A search step costs steps + steps passes; the one on x itself is shared by all.
+    kappa or more; the nearest of all iterates is returned. A search step costs steps + steps passes, the one on x itself being shared by all.
+    Departures: a search step goes on from where the one before it ended, so that lr * steps does not bound how far an image can go, and
     x_adv = x + (tanh(w) - tanh(w_0)) / 2 starts exactly at x, though w_0 keeps clear of the flat ends of tanh."""
     _check(x, y, "l2", steps=steps, search_steps=search_steps)
     _check_positive(c=c, lr=lr)
@@ -75,21 +76,21 @@ def cw(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, search_steps: in
     objective, x = _upwards(margin, targeted), x.detach()
     out = x.clone()
     with core.attacking(model):
-        alive, x, y, value, slope = _stand(model, x, y, objective, targeted)
+        alive, x, y, value, grad = _stand(model, x, y, objective, targeted)
         if not len(alive):
             return out
         best, least = x, torch.full_like(value, torch.inf)
         low, high, weight = torch.zeros_like(value), torch.full_like(value, torch.inf), torch.full_like(value, c)
         w_0 = torch.atanh((2 * x - 1) * SHRINK)
         tanh_0 = w_0.tanh()
+        x_t, w, tanh, hit = x, w_0, tanh_0, torch.zeros_like(alive, dtype=torch.bool)
         for _ in range(search_steps):
-            x_t, w, tanh, grad, hit = x, w_0.clone(), tanh_0, slope, torch.zeros_like(alive, dtype=torch.bool)
-            mean, square, won = torch.zeros_like(x), torch.zeros_like(x), hit
+            mean, square, won = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(hit)
             for t in range(1, steps):
                 g = (2 * (x_t - x) - core.rows(weight * ~hit) * grad).mul_(1 - tanh * tanh).div_(2)
                 mean.lerp_(g, 0.1)
                 square.mul_(0.999).addcmul_(g, g, value=0.001)
-                w.addcdiv_(mean, (square / (1 - 0.999**t)).sqrt_().add_(1e-8), value=-lr / (1 - 0.9**t))
+                w = w.addcdiv(mean, (square / (1 - 0.999**t)).sqrt_().add_(1e-8), value=-lr / (1 - 0.9**t))
                 tanh = w.tanh()
                 x_t = (x + (tanh - tanh_0) / 2).clamp_(0, 1)
                 logits, value, grad = core.gradient(model, x_t, y, objective)
