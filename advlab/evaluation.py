@@ -16,7 +16,7 @@ from advlab.attacks import core
 from advlab.attacks.adaptive import bpda, eot, smooth
 from advlab.attacks.blackbox import square, transfer
 from advlab.attacks.core import Model, dlr, margin
-from advlab.attacks.ensemble import _fmn_within, apgd_targets, predict
+from advlab.attacks.ensemble import apgd_targets, fmn_targets, predict
 from advlab.attacks.gradient import apgd, pgd
 
 
@@ -172,7 +172,7 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
             steps.append(("autoattack", "apgd-dlr", partial(apgd, loss=dlr, **common), averaged(defence)))
         else:
             steps += [("autoattack", "apgd-t", partial(apgd_targets, **common), defence),
-                      ("autoattack", "fmn", partial(_fmn_within, eps=eps, norm=norm, steps=common["steps"]), defence)]
+                      ("autoattack", "fmn", partial(fmn_targets, eps=eps, norm=norm, steps=common["steps"]), defence)]
     for i, surrogate in enumerate(parts.surrogates):
         steps.append(("transfer", f"mim-di from {i + 1}",
                       partial(transfer, surrogates=[surrogate], eps=eps, steps=budget.steps, generator=generator), None))

@@ -6,9 +6,10 @@ eval mode with live parameters. Traps that would flatter or wrong a peer:
 - foolbox's C&W returns black images where it failed (here: the clean image, a failure); its L2 FMN never projects; its MI-FGSM adds up signs.
 - torchattacks' DeepFool takes one image at a time; its C&W has no search over c and stops when the batch's loss rises; its AutoAttack runs 10 steps
   of APGD whatever is asked (here: its parts with the steps asked). Its backward passes, and those of pyautoattack's FAB, fill the parameters' .grad.
+- The Squares of torchattacks and pyautoattack make up to three queries more than asked, their APGD two forward passes and one backward.
 - adv-lib's PGD never judges its last step (here: it gets one step more), and returns the clean image where no iterate fooled the model."""
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Budget:
 
 def installed() -> tuple[dict[str, str], dict[str, str]]:
     """Versions of the libraries that can be imported, and why the others cannot."""
-    if importlib.util.find_spec("visdom") is None:
+    if "visdom" not in sys.modules and importlib.util.find_spec("visdom") is None:  # adv-lib imports it for plots only
         sys.modules["visdom"] = ModuleType("visdom")
     versions, missing = {}, {}
     for name, module in LIBRARIES.items():

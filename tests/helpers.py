@@ -1,4 +1,4 @@
-"""For the tests of attacks: linear models whose nearest adversarial point is known, a counter of passes, and a check that nothing is left behind."""
+"""For the tests of attacks: linear models whose nearest adversarial point is known, a counter of passes, a check of purity."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ def linear_model(shape: tuple[int, int, int], classes: int = 2, seed: int = 0, b
 def closest(model: nn.Sequential, x: Tensor, y: Tensor, norm: str) -> Tensor:
     """Distance (B,) from x to the nearest image in [0, 1] of another class than y, for a linear_model; infinite where there is none.
 
-    The nearest point of the box with w.d >= b is d = clip(t w), in l2, or clip(t sign(w)), in linf, for the least t that reaches b: bisection."""
+    The shortest d with w.d >= b inside the box is clip(t w), in l2, or clip(t sign(w)), in linf, at the least t that reaches b."""
     weight, bias = model[1].weight.detach().double(), model[1].bias.detach().double()
     v = x.flatten(1).double()[:, None]
     w = weight[None] - weight[y][:, None]  # (B, classes, pixels)
@@ -45,7 +45,7 @@ def size(delta: Tensor, norm: str) -> Tensor:
 
 
 class PassCounter:
-    """Counts the images and batches that pass forward through a model, and backward from its output; no parameter may ask for a gradient."""
+    """Counts the images and batches that go forward through a model, and backward from its output; no parameter may ask for a gradient."""
 
     def __init__(self, model: nn.Module):
         self.forward = self.forward_batches = self.backward = self.backward_batches = 0
@@ -69,7 +69,7 @@ class PassCounter:
 
 
 def assert_pure(model: nn.Module, x: Tensor, y: Tensor, attack: Callable) -> Tensor:
-    """Run attack(model, x, y) twice: same answer, in [0, 1] and free of a graph; model, inputs and global generator as they were. The answer."""
+    """Run attack(model, x, y) twice: same answer, in [0, 1]; model, inputs and global generator as they were. Returns the answer."""
     state = {name: v.clone() for name, v in model.state_dict().items()}
     kept, rng, modes = (x.clone(), y.clone()), torch.get_rng_state(), [m.training for m in model.modules()]
     wanted = [p.requires_grad for p in model.parameters()]

@@ -12,6 +12,7 @@ from advlab.models import (
     Normalize,
     classifier,
     features,
+    folded,
     layer_names,
     pretrained,
     resnet18,
@@ -381,3 +382,23 @@ def test_no_network_is_reported_with_the_file_to_provide(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"resnet50.*no route.*weights") as info:
         torchvision_classifier("resnet50")
     assert str(Path(tmp_path) / "checkpoints" / "resnet50-") in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["small_cnn", "resnet18", "vgg0"])
+def test_folded_batch_norm_gives_the_same_logits_and_input_gradients(name):
+    with seeded(0):
+        model = classifier(name, width=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for _ in range(3):
+            model(torch.rand(16, 3, 32, 32))  # moves the running statistics away from 0 and 1
+    with pytest.raises(ValueError, match="eval"):
+        folded(model)
+    twin, before = folded(model.eval()), {k: v.clone() for k, v in model.state_dict().items()}
+    grads = []
+    for m in (model, twin):
+        x = torch.linspace(0, 1, 4 * 3 * 32 * 32).view(4, 3, 32, 32).requires_grad_()
+        grads.append((m(x), *torch.autograd.grad(m(x).square().sum(), x)))
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in twin.modules())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

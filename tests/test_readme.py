@@ -34,8 +34,9 @@ def test_the_readmes_code_runs(monkeypatch, tmp_path):
     """With small sizes in place of its own, so that nothing long is trained."""
     monkeypatch.setenv("ADVLAB_HOME", str(tmp_path))
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    for here, small in {'"quick")  #': '"smoke", progress=False)  #', "slice(64)": "slice(8)", "y[:64]": "y[:8]",
-                        'BUDGETS["quick"]': 'BUDGETS["smoke"]', "steps=100, restarts=5": "steps=3, restarts=2", 'data.load("skimage10")': 'data.load("skimage10", limit=256)'}.items():
+    changes = {'"quick")  #': '"smoke", progress=False)  #', "slice(64)": "slice(8)", "y[:64]": "y[:8]", 'BUDGETS["quick"]': 'BUDGETS["smoke"]',
+               "steps=100, restarts=5": "steps=3, restarts=2", 'data.load("skimage10")': 'data.load("skimage10", limit=256)'}
+    for here, small in changes.items():
         assert here in code, here
         code = code.replace(here, small)
     exec(compile(code, "README.md", "exec"), {})

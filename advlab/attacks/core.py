@@ -100,14 +100,14 @@ def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
 
 def check_logits(logits: Tensor, x: Tensor, y: Tensor) -> None:
     """Raise ValueError unless the model gave one row of L > max(y) scores an image, and those are not probabilities already."""
-    if logits.ndim != 2 or len(logits) != len(x):
-        raise ValueError(f"the model must return logits of shape ({len(x)}, classes), got {tuple(logits.shape)}")
+    if logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        raise ValueError(f"the model must return logits of shape ({len(x)}, classes) for two classes or more, got {tuple(logits.shape)}")
     with torch.no_grad():
         normal = (logits.amin() >= 0) & ((logits.sum(1) - 1).abs().amax() < 1e-3)
         top, normal = torch.stack([y.max(), normal.long()]).tolist()
     if top >= logits.shape[1]:
         raise ValueError(f"label {top} is out of range: the model has {logits.shape[1]} classes, 0 to {logits.shape[1] - 1}")
-    if normal and logits.shape[1] > 1:
+    if normal:
         raise ValueError("the model returns probabilities (every row sums to 1); attacks need logits: leave out the softmax")
 
 

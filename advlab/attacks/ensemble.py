@@ -71,7 +71,7 @@ def autoattack(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", v
     else:
         stages = {"apgd-ce": partial(apgd, steps=steps, loss=cross_entropy, **common),
                   "apgd-t": partial(apgd_targets, steps=steps, targets=targets, **common),
-                  "fmn": partial(_fmn_within, steps=steps, norm=norm),
+                  "fmn": partial(fmn_targets, steps=steps, targets=targets, norm=norm),
                   "square": partial(square, queries=queries, **common)}
     stages = {name: partial(stage, eps=eps) for name, stage in stages.items()}
     return strongest(model, x, y, attacks=stages, batch_size=batch_size, trace=trace)
@@ -82,24 +82,35 @@ def apgd_targets(model: Model, x: Tensor, y: Tensor, *, eps, targets: int = 9, g
     """APGD-T: apgd towards the likeliest wrong class, then the next for the images that still stand, `targets` of them.
 
     With fewer than four classes, for which the targeted difference of logits ratio is not defined, the margin is used instead."""
-    logits = predict(model, x)
-    classes = logits.shape[1]
-    ranked = core.others(logits, y).argsort(1, descending=True)[:, : classes - 1]
-    generator, out = core.default_generator(x, generator), x.clone()
-    if classes < 4:
+    generator = core.default_generator(x, generator)
+    if predict(model, x[:1]).shape[1] < 4:
         return apgd(model, x, y, eps=eps, loss=margin, generator=generator, **options)
+
+    def attack(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        return apgd(model, x, y, eps=eps, targets=target, generator=generator, **options)
+
+    return _one_class_after_another(attack, model, x, y, targets)
+
+
+def fmn_targets(model: Model, x: Tensor, y: Tensor, *, eps: float, targets: int = 9, norm: str = "linf", steps: int = 100) -> Tensor:
+    """The minimal-norm stage of autoattack: fmn towards the likeliest wrong classes in turn, as FAB-T (arXiv 1907.02044) does, for the images
+    that still stand. Answers further away than eps come back as the image itself."""
+    def attack(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+        x_adv = fmn(model, x, target, steps=steps, norm=norm, targeted=True)
+        delta = (x_adv - x).flatten(1)
+        near = (delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)) <= eps * (1 + 1e-6)
+        return torch.where(core.rows(near), core.project(x_adv, x, core.check_budget(eps, x), norm), x)
+
+    return _one_class_after_another(attack, model, x, y, targets)
+
+
+def _one_class_after_another(attack: Attack, model: Model, x: Tensor, y: Tensor, targets: int) -> Tensor:
+    logits, out = predict(model, x), x.clone()
+    ranked = core.others(logits, y).argsort(1, descending=True)
     alive = torch.arange(len(x), device=x.device)
-    for k in range(min(targets, classes - 1)):
-        out[alive] = apgd(model, x[alive], y[alive], eps=eps, targets=ranked[alive, k], generator=generator, **options)
+    for k in range(min(targets, logits.shape[1] - 1)):
+        out[alive] = attack(x[alive], y[alive], ranked[alive, k])
         alive = alive[~core.fooled(predict(model, out[alive]), y[alive])]
         if not len(alive):
             break
     return out
-
-
-def _fmn_within(model: Model, x: Tensor, y: Tensor, *, eps: float, steps: int, norm: str) -> Tensor:
-    """fmn's answers that lie within eps; the other images unchanged."""
-    x_adv = fmn(model, x, y, steps=steps, norm=norm)
-    delta = (x_adv - x).flatten(1)
-    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
-    return torch.where(core.rows(size <= eps * (1 + 1e-6)), core.project(x_adv, x, core.check_budget(eps, x), norm), x)
