@@ -59,15 +59,16 @@ def speed() -> str:
 def strength() -> str:
     """What our attacks leave standing, or the norms they find, beside the strongest peer's (benchmarks/strength.py)."""
     rows, source = _benchmark("attacks_strength")
-    ours = {(r["network"], r["attack"]): r for r in rows if r["system"] == "advlab"}
+    ours = {(r["network"], r["attack"], r["system"]): r for r in rows if r["system"].startswith("advlab") and "passed" not in r}
     lines = []
-    for r in (r for r in rows if r["unit"] in ("points", "ratio") and r["system"].startswith("advlab ")):
-        mine = ours.get((r["network"], r["attack"]))
+    for r in (r for r in rows if r["unit"] in ("points", "ratio")):
+        name = r["system"].split(" / ")[0].split(" - ")[0]
+        mine = ours[r["network"], r["attack"], name]
         if r["unit"] == "points":
             cells = [f"{100 * mine['value']:.1f} %", f"{100 * r['strongest_peer_leaves']:.1f} % ({r['peer']})", f"{r['value']:+.1f} points"]
         else:
-            cells = [f"{mine['value']:.4g}" if mine else "", r["peer"], f"{r['value']:.3f} times"]
-        lines.append([r["attack"], r["network"], f"{255 * r['eps']:.2f}/255" if r["eps"] else f"least {r['norm']}", str(r["n"]), *cells])
+            cells = [f"{mine['value']:.4g}", r["peer"], f"{r['value']:.3f} times"]
+        lines.append([r["attack"] + name.removeprefix("advlab"), r["network"], f"{255 * r['eps']:.2f}/255" if r["eps"] else f"least {r['norm']}", str(r["n"]), *cells])
     header = ["attack", "network", "budget", "n", "advlab", "strongest peer", "difference"]
     return f"{markdown(header, lines)}\n\nRobust accuracy, or mean norm; lower is stronger. Equal steps, starts and queries. {source}"
 
