@@ -68,7 +68,8 @@ def strength() -> str:
             cells = [f"{100 * mine['value']:.1f} %", f"{100 * r['strongest_peer_leaves']:.1f} % ({r['peer']})", f"{r['value']:+.1f} points"]
         else:
             cells = [f"{mine['value']:.4g}", r["peer"], f"{r['value']:.3f} times"]
-        lines.append([r["attack"] + name.removeprefix("advlab"), r["network"], f"{255 * r['eps']:.2f}/255" if r["eps"] else f"least {r['norm']}", str(r["n"]), *cells])
+        attack, budget = r["attack"] + name.removeprefix("advlab"), f"{255 * r['eps']:.2f}/255" if r["eps"] else f"least {r['norm']}"
+        lines.append([attack, r["network"], budget, str(r["n"]), *cells])
     header = ["attack", "network", "budget", "n", "advlab", "strongest peer", "difference"]
     return f"{markdown(header, lines)}\n\nRobust accuracy, or mean norm; lower is stronger. Equal steps, starts and queries. {source}"
 
