@@ -42,7 +42,7 @@ lint: setup
 	$(RUN) -m ruff check advlab tests notebooks $(wildcard benchmarks)
 
 lab: setup  ## JupyterLab on 127.0.0.1
-	$(VENV)/bin/jupyter lab --ip 127.0.0.1 --notebook-dir notebooks
+	$(VENV)/bin/jupyter lab --ip 127.0.0.1 --notebook-dir notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 notebooks: setup  ## run the quick series and put its outputs into the committed notebooks
 	$(RUN) -m advlab run $(NOTEBOOK) --profile quick --refresh
