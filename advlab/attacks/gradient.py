@@ -152,8 +152,9 @@ def apgd(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, norm: str
     of logits ratio towards that class instead of `loss` (APGD-T), any wrong class counting as success. targeted=True: y is the class to
     reach. n + 1 forward and n backward passes at most for each restart, on the images that still stand.
 
-    One departure: at a mark the step halves unless it was halved at the one before, even where the loss still rises. On a VGG for skimage10 at
-    3.7/255 the paper's rule left 26 % after 20 steps and 18.6 % after 100, this one 24 % and 18.4 %."""
+    One departure: in the last third the step halves at a mark unless it was halved at the one before, even where the loss still rises. After
+    20 steps, means of three seeds on 500 images of skimage10, the paper's rule left 26.2 % of a VGG at 3.7/255 and 23.1 % of an adversarially
+    trained CNN at 14.2/255, this one 23.9 % and 23.5 %."""
     core.check_images(x, y)
     core.check_steps(steps=steps, restarts=restarts)
     core.check_choice("norm", norm, core.NORMS)
@@ -200,7 +201,7 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
     scale = core.rows(noise.abs().amax((1, 2, 3))) if norm == "linf" else core.l2(noise)
     x_t = (xs + es * noise / scale).clamp_(0, 1)
     step, ups, since = 2 * es, torch.zeros_like(top), 0
-    x_old, x_best, g_best, f_old, f_best, halved = x_t, x_t, None, top, top, torch.ones_like(verdict)
+    x_old, x_best, g_best, f_old, f_best, f_mark, halved = x_t, x_t, None, top, top, top, torch.ones_like(verdict)
     marks = _checkpoints(steps)
     for t in range(steps + 1):
         if t < steps:
@@ -220,14 +221,15 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
         if done.any():
             on = ~done
             at, index, xs, es, x_t, x_old, x_best = (v[on] for v in (at, index, xs, es, x_t, x_old, x_best))
-            grad, g_best, step, ups, f_old, f_best, halved = (v[on] for v in (grad, g_best, step, ups, f_old, f_best, halved))
+            grad, g_best, step, ups, halved = (v[on] for v in (grad, g_best, step, ups, halved))
+            f_old, f_best, f_mark = (v[on] for v in (f_old, f_best, f_mark))
         if t == steps or not len(at):
             break
-        if t in marks:  # too few rises, or not halved at the last mark
-            stalled = (ups <= 0.75 * since) | ~halved
+        if t in marks:  # too few rises, or no better point since the last mark (late: in any case) unless the step was halved there
+            stalled = (ups <= 0.75 * since) | (~halved & ((f_mark >= f_best) | (t > 0.65 * steps)))
             step = torch.where(core.rows(stalled), step / 2, step)
             x_t, grad = (torch.where(core.rows(stalled), a, b) for a, b in ((x_best, x_t), (g_best, grad)))
-            halved, ups, since = stalled, torch.zeros_like(ups), 0
+            f_mark, halved, ups, since = f_best, stalled, torch.zeros_like(ups), 0
         z = core.project(x_t + step * core.steepest(grad, norm), xs, es, norm)
         x_new = core.project(x_t + 0.75 * (z - x_t) + 0.25 * (x_t - x_old), xs, es, norm) if t else z
         x_old, x_t = x_t, x_new
