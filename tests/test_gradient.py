@@ -53,20 +53,6 @@ def test_ffgsm_of_a_linear_model_moves_each_pixel_from_its_start_by_a_step():
     torch.testing.assert_close(ffgsm(model, x, y, eps=0.02, generator=torch.Generator().manual_seed(3)), expected)
 
 
-@pytest.fixture(scope="module")
-def net():
-    torch.manual_seed(0)
-    body = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 6)]
-    return nn.Sequential(*body).eval()
-
-
-@pytest.fixture(scope="module")
-def batch(net):
-    x = torch.rand(9, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-    x[0] = (x[0] > 0.5).float()  # corners of the box
-    return x, net(x).argmax(1)
-
-
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize(("name", "norm"), [*((name, "linf") for name in ALL), *((name, "l2") for name in BOTH_NORMS)])
 def test_contract(net, batch, name, norm, targeted):

@@ -121,20 +121,6 @@ def test_the_soft_margin_has_the_value_of_the_margin_and_turns_from_the_cross_en
 # --- the contract ---
 
 
-@pytest.fixture(scope="module")
-def net():
-    torch.manual_seed(0)
-    body = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 6)]
-    return nn.Sequential(*body).eval()
-
-
-@pytest.fixture(scope="module")
-def batch(net):
-    x = torch.rand(9, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-    x[0] = (x[0] > 0.5).float()  # corners of the box
-    return x, net(x).argmax(1)
-
-
 @pytest.mark.parametrize(("name", "targeted"), [*((name, False) for name in ALL), *((name, True) for name in TARGETED)])
 def test_nothing_is_left_behind_and_all_images_fall(net, batch, name, targeted):
     x, y = batch
