@@ -152,6 +152,32 @@ def bars(rows: Iterable[dict], *, x: str = "attack", by: str = "system", title: 
     return fig
 
 
+def joint(clouds: dict[str, tuple[Tensor, Tensor]], *, xlabel: str, ylabel: str, reach: float | None = None):
+    """2-D histograms on one scale, log counts in bins of 1, a panel for each name in `clouds`: x against y (any shape), with the line of least
+    squares through the origin and its slope k. Points with x = 0 are in the fit and not in the picture. reach: half the axes' range, by default
+    the largest |x| times 2. Returns the Figure; ValueError where every x is 0."""
+    from matplotlib.colors import LogNorm
+
+    clouds = {name: (x.double().flatten().cpu(), y.double().flatten().cpu()) for name, (x, y) in clouds.items()}
+    if empty := [name for name, (x, _) in clouds.items() if not x.any()]:
+        raise ValueError(f"every x of {empty[0]!r} is 0; there is no line to fit")
+    reach = 2 * max(float(x.abs().max()) for x, _ in clouds.values()) if reach is None else reach
+    edges = (torch.arange(-round(reach), round(reach) + 2) - 0.5).numpy()
+    fig, axes = figure(1, len(clouds), width=1.0 + 3.0 * len(clouds), height=3.1, squeeze=False, sharey=True)
+    top = max(float(torch.histogramdd(torch.stack([x, y], 1), bins=[len(edges) - 1] * 2, range=[edges[0], edges[-1]] * 2).hist.max())
+              for x, y in clouds.values())
+    with style():
+        for ax, (name, (x, y)) in zip(axes[0], clouds.items()):
+            on, k = x.round() != 0, (x @ y / (x @ x)).item()
+            *_, mesh = ax.hist2d(x[on].numpy(), y[on].numpy(), bins=(edges, edges), norm=LogNorm(1, max(top, 2)), cmin=1, rasterized=True)
+            ax.plot([-reach, reach], [-k * reach, k * reach], color="#D55E00", linestyle="--", label=f"k = {k:.2f}")
+            ax.set(title=name, xlabel=xlabel, xlim=(-reach, reach), ylim=(-reach, reach))
+            ax.legend(loc="upper left", frameon=True, framealpha=0.85)
+        axes[0, 0].set_ylabel(ylabel)
+        fig.colorbar(mesh, ax=axes[0, -1], label="count")
+    return fig
+
+
 def histograms(groups: dict[str, Sequence[float]], *, label: str = "", title: str = "", bins: int = 30, ax=None):
     """Histograms of several groups of numbers on common bins, as steps filled lightly, each as a share of its own group. Returns the
     Figure. Raises ValueError for a group that is empty or not finite."""

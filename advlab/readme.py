@@ -74,7 +74,37 @@ def strength() -> str:
     return f"{markdown(header, lines)}\n\nRobust accuracy, or mean norm; lower is stronger. Equal steps, starts and queries. {source}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"classifiers": classifiers, "speed": speed, "strength": strength}
+def _rows(name: str, dataset: str) -> list[dict]:
+    """A notebook's standard rows, none where it has not run yet."""
+    try:
+        return report.load_results(name, profile="standard", dataset=dataset)["rows"]
+    except FileNotFoundError:
+        return []
+
+
+def hgd() -> str:
+    """HGD's denoisers, blind and knowing attackers side by side (notebooks 10 and 13, standard), on both data sets."""
+    tables, none = [], {}
+    for dataset, title in (("fashion_mnist", "Fashion-MNIST"), ("cifar10", "CIFAR-10")):
+        tenth, last = (_rows(name, dataset) for name in ("10_hgd_denoisers", "13_hgd_adaptive"))
+        pooled = [r for r in tenth if r["attack"] in ("clean", "FGSM+IFGSM4") and r["unit"] == "accuracy"]
+        blind = {(r["system"], r["threat"], round(255 * r["eps"])): r for r in pooled}
+        end = {(r["system"], round(255 * r["eps"])): r for r in last if r["exhibit"] == "study" and r["attack"] == "pgd" and "l2" in r}
+        worst = {r["system"]: r for r in last if r["threat"] == "worst case"}
+
+        def cell(row: dict) -> str:
+            return share(row) if row else "-"
+
+        lines = [[name, *(cell(blind.get((name, threat, eps), none)) for threat, eps in (("none", 0), ("oblivious", 16), ("transfer", 16))),
+                  *(cell(end.get((name, eps), none)) for eps in (2, 4, 8)), cell(worst.get(name, none))]
+                 for name in dict.fromkeys(name for name, *_ in [*blind, *end])]
+        header = ["defence", "clean", "white, 16/255", "black, 16/255", *(f"end to end, {eps}/255" for eps in (2, 4, 8)), "ladder, 8/255"]
+        sizes = [f"{blind['LGD', 'none', 0]['n']:,} test images", *(f"{end['LGD', 4]['n']} end to end" for _ in end.keys() & {("LGD", 4)})]
+        tables.append(f"{title}, {', '.join(sizes)}:\n\n{markdown(header, lines)}")
+    return "\n\n".join(tables)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"classifiers": classifiers, "hgd": hgd, "speed": speed, "strength": strength}
 
 
 def filled(text: str) -> str:

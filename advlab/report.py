@@ -150,6 +150,55 @@ def table(rows: Iterable[dict], *, index: Names = "system", columns: Names = "at
     return frame
 
 
+def mean_row(values, **fields) -> dict:
+    """A row whose value is the mean of values (N,), with n and the normal 95 % interval of the mean (empty for a single value)."""
+    n, mean = len(values), values.double().mean().item()
+    half = 1.959964 * values.double().std().item() / math.sqrt(n) if n > 1 else None
+    return row(value=mean, n=n, low=None if half is None else mean - half, high=None if half is None else mean + half, **fields)
+
+
+def verdict(exhibit: str, *, claim: str, rows: Iterable[dict] = (), claims: dict[str, bool] | None = None, survives: bool | None = None,
+            tolerance: float = 0.05, **fields) -> dict:
+    """The row (system "verdict") with both verdicts on an exhibit. Every row with a paper's number is a mark, met when it lies within
+    `tolerance` of it (absolute for accuracies and fractions, else relative), and so is every entry of `claims`: a statement of the paper, and
+    whether it came true here. reproduced: yes (all met), partly (half or more), no. survives: True is held, False refuted, None not tested.
+    value is the share of marks met. Raises ValueError without a mark."""
+    rows, claims = list(rows), claims or {}
+    marks = [_near(r, tolerance) for r in rows if r.get("paper") is not None] + list(claims.values())
+    if not marks:
+        raise ValueError(f"nothing to judge {exhibit} by: give rows with a paper's number, or claims")
+    met, sizes = sum(marks), [r["n"] for r in rows if r.get("n")]
+    return row(exhibit=exhibit, system="verdict", value=met / len(marks), unit="fraction", marks=len(marks), met=met, claim=claim,
+               reproduced="yes" if met == len(marks) else "partly" if 2 * met >= len(marks) else "no", tolerance=tolerance,
+               survives={True: "held", False: "refuted", None: "not tested"}[survives],
+               statements="; ".join(f"{text}: {'held' if ok else 'not held'}" for text, ok in claims.items()) or None,
+               **{"n": min(sizes, default=None)} | fields)
+
+
+def _near(r: dict, tolerance: float) -> bool:
+    scale = 1.0 if r["unit"] in ("accuracy", "fraction") else abs(r["paper"])
+    return abs(r["value"] - r["paper"]) <= tolerance * scale + 1e-9
+
+
+def verdicts(rows: Iterable[dict]):
+    """The verdict rows among `rows` as a pandas DataFrame that a notebook shows uncut: exhibit, claim, both verdicts, what they rest on. ValueError
+    if there is none."""
+    import pandas as pd
+
+    class Uncut(pd.DataFrame):
+        def _repr_html_(self):
+            with pd.option_context("display.max_colwidth", None):
+                return super()._repr_html_()
+
+    lines = [{"exhibit": r["exhibit"], "claim": r["claim"],
+              "number reproduced": f"{r['reproduced']} ({r['met']} of {r['marks']} within {r['tolerance']:g})",
+              "survives an adaptive attack": r["survives"], "statements": r["statements"] or "", "n": "" if r["n"] is None else f"{r['n']:,}"}
+             for r in rows if r["system"] == "verdict"]
+    if not lines:
+        raise ValueError("no verdict among the rows; make them with report.verdict")
+    return Uncut(pd.DataFrame(lines).set_index("exhibit"))
+
+
 def percent(r: dict) -> dict:
     """The row with an accuracy or fraction, its interval and the paper's number turned into per cent, for display; other rows as they
     are."""

@@ -1,7 +1,8 @@
 """The notebook series: which notebooks there are, what their parameters are, and running them with papermill.
 
 A notebook's cell tagged `parameters` holds the quick values as literals. `notebooks/params/<profile>.yaml` overrides them, in a section `common:`
-for every notebook and in one named after each notebook; -p name=value comes last. A name that a notebook does not know, or a value of another
+for every notebook and in one named after each notebook, and then in one for a notebook on one data set, `NN_slug@dataset:`; -p name=value comes
+last. A name that a notebook does not know, or a value of another
 type, is an error before anything runs (papermill itself only warns)."""
 
 import ast
@@ -60,8 +61,9 @@ def parameters(name: str) -> dict[str, Any]:
     return values
 
 
-def overrides(name: str, profile: str) -> dict[str, Any]:
-    """What a profile changes in a notebook: its sections `common` and NN_slug, checked against the parameters cell."""
+def overrides(name: str, profile: str, dataset: str | None = None) -> dict[str, Any]:
+    """What a profile changes in a notebook: its sections `common`, NN_slug and, for a data set asked for, NN_slug@dataset, checked against the
+    parameters cell."""
     import yaml
 
     file = paths.notebooks() / "params" / f"{profile}.yaml"
@@ -69,10 +71,10 @@ def overrides(name: str, profile: str) -> dict[str, Any]:
         known = sorted(p.stem for p in file.parent.glob("*.yaml"))
         raise SeriesError(f"unknown profile {profile!r}; choose one of {', '.join(known)}")
     sections = yaml.safe_load(file.read_text()) or {}
-    stray = set(sections) - {"common", *names()}
+    stray = {section.split("@")[0] for section in sections} - {"common", *names()}
     if stray:
         raise SeriesError(f"{file.name} has a section {sorted(stray)[0]!r} that is neither 'common' nor a notebook")
-    values = {**(sections.get("common") or {}), **(sections.get(name) or {})}
+    values = {**(sections.get("common") or {}), **(sections.get(name) or {}), **(sections.get(f"{name}@{dataset}") or {})}
     return checked(name, {"profile": profile, **values}, file.name)
 
 
@@ -107,7 +109,7 @@ def plan(wanted: Sequence[str], profile: str, dataset: str | None, given: Mappin
     for name in chosen:
         known = parameters(name)
         own = checked(name, {k: v for k, v in asked.items() if k in known}, "the command line")
-        values = overrides(name, profile) | own
+        values = overrides(name, profile, asked.get("dataset")) | own
         steps.append((name, {k: v for k, v in values.items() if known[k] != v}))
     from advlab import data
 

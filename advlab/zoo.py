@@ -1,7 +1,8 @@
 """The classifiers that the whole series shares: trained once, in notebook 00 or by whoever asks first, and cached.
 
 A recipe belongs to a profile and a role: `target` is the classifier that every defence protects, `adversarial` the same architecture trained
-adversarially, the yardstick of every claim. Networks and budgets are those of the README's table of profiles."""
+adversarially, the yardstick of every claim; `partner` and `second_partner` are other networks (HGD's ensemble, S2S's second classifier),
+`holdout` one that no defence ever sees. Networks and budgets are those of the README's table of profiles."""
 
 from functools import partial
 
@@ -16,36 +17,52 @@ RECIPES = {
     "smoke": {
         "target": {"arch": "small_cnn", "width": 8, "epochs": 1, "optimizer": "adam", "lr": 3e-3},
         "adversarial": {"arch": "small_cnn", "width": 8, "epochs": 1, "optimizer": "adam", "lr": 3e-3, "method": "fast_fgsm"},
+        "partner": {"arch": "small_cnn", "width": 6, "epochs": 1, "optimizer": "adam", "lr": 3e-3},
+        "second_partner": {"arch": "small_cnn", "width": 4, "epochs": 1, "optimizer": "adam", "lr": 3e-3},
+        "holdout": {"arch": "small_cnn", "width": 5, "epochs": 1, "optimizer": "adam", "lr": 3e-3},
     },
     "quick": {
         "target": {"arch": "small_cnn", "width": 16, "epochs": 8, "optimizer": "adam", "lr": 3e-3, "weight_decay": 1e-4},
         "adversarial": {"arch": "small_cnn", "width": 16, "epochs": 8, "optimizer": "adam", "lr": 3e-3, "weight_decay": 1e-4, "method": "fast_fgsm"},
+        "partner": {"arch": "small_cnn", "width": 12, "epochs": 5, "optimizer": "adam", "lr": 3e-3},
+        "second_partner": {"arch": "small_cnn", "width": 8, "epochs": 5, "optimizer": "adam", "lr": 3e-3},
+        "holdout": {"arch": "small_cnn", "width": 20, "epochs": 4, "optimizer": "adam", "lr": 3e-3},
     },
     "standard": {
         "target": {"arch": "resnet18", "width": 16, "epochs": 8, "lr": 0.2},
         "adversarial": {"arch": "resnet18", "width": 16, "epochs": 6, "lr": 0.2, "method": "fast_fgsm"},
+        "partner": {"arch": "vgg11", "width": 16, "batch_norm": True, "epochs": 8, "lr": 0.1, "amp": True},
+        "second_partner": {"arch": "small_cnn", "width": 32, "epochs": 8, "optimizer": "adam", "lr": 3e-3, "amp": True},
+        "holdout": {"arch": "vgg0", "width": 16, "epochs": 10, "optimizer": "adam", "lr": 2e-3, "amp": True},
     },
     "paper": {
         "target": {"arch": "resnet18", "width": 64, "epochs": 60, "lr": 0.1},
         "adversarial": {"arch": "resnet18", "width": 64, "epochs": 30, "lr": 0.1, "method": "pgd_at", "steps": 10},
+        "partner": {"arch": "vgg11", "width": 64, "batch_norm": True, "epochs": 60, "lr": 0.05},
+        "second_partner": {"arch": "small_cnn", "width": 64, "epochs": 60, "optimizer": "adam", "lr": 3e-3},
+        "holdout": {"arch": "vgg0", "width": 64, "epochs": 60, "optimizer": "adam", "lr": 1e-3},
     },
 }
+FOR_DATA = {("standard", "target", "cifar10"): {"amp": True}}  # Fashion-MNIST's was trained, and its results published, in float32
 GREY = ("mnist", "fashion_mnist")  # no flips: a digit and a shoe point one way
 SPARED = 512  # training images held out to watch fast adversarial training for collapse
 
 
 def shared(role: str, data: Dataset, profile: str, *, eps: float = 8 / 255, seed: int = 0, progress: bool = True) -> tuple[nn.Module, dict]:
-    """The classifier of a role ("target", "adversarial") for a training set and a profile, in eval mode, and its record (see load_or_fit).
+    """The classifier of a role (above) for a training set and a profile, in eval mode, and its record (see load_or_fit).
 
     It is trained on first use and read from data/checkpoints afterwards. eps is the l_inf budget of adversarial training. ValueError for an
     unknown profile or role."""
     if profile not in RECIPES or role not in RECIPES[profile]:
         raise ValueError(f"no recipe for role {role!r} in profile {profile!r}; profiles: {', '.join(RECIPES)}; roles: {', '.join(RECIPES['quick'])}")
-    recipe = dict(RECIPES[profile][role])
+    recipe = RECIPES[profile][role] | FOR_DATA.get((profile, role, data.name), {})
     method = recipe.pop("method", "standard")
     mean, std = data.mean_std()
-    build = partial(classifier, recipe.pop("arch"), num_classes=data.num_classes, channels=data.shape[0], width=recipe.pop("width"),
+    options = {"batch_norm": recipe.pop("batch_norm")} if "batch_norm" in recipe else {}
+    build = partial(classifier, recipe.pop("arch"), **options, num_classes=data.num_classes, channels=data.shape[0], width=recipe.pop("width"),
                     mean=mean, std=std)
+    if recipe.get("amp"):  # adversarial recipes keep float32: the attack inside would be differentiated in bfloat16 too
+        recipe["amp"] = training.fast_bfloat16()
     settings = {"augment": augmentation(data), "batch_size": 128, "seed": seed, "progress": progress}
     if method == "standard":
         step, train = training.standard, data

@@ -324,3 +324,34 @@ def test_histograms_share_their_bins_and_sum_to_one():
 def test_histograms_refuse_what_cannot_be_drawn(values):
     with pytest.raises(ValueError, match="group 'a'"):
         plots.histograms({"a": values})
+
+
+def test_a_verdict_counts_cells_near_the_paper_and_statements_that_came_true():
+    near, far = ({"exhibit": "HGD-T3", "system": "LGD", "value": v, "unit": "accuracy", "paper": 0.70, "n": n} for v, n in ((0.74, 200), (0.76, 100)))
+    times = {"value": 10.6, "unit": "s", "paper": 10.0, "n": None}
+    both = report.verdict("HGD-T3", claim="c", rows=[near, far, {**near, "paper": None}], survives=False)
+    assert (both["reproduced"], both["met"], both["marks"], both["survives"], both["n"]) == ("partly", 1, 2, "refuted", 100)
+    assert report.verdict("HGD-T3", claim="c", rows=[near], claims={"it rises": True})["reproduced"] == "yes"
+    assert report.verdict("HGD-T3", claim="c", rows=[far, times], claims={"it rises": True})["reproduced"] == "no"  # relative: 6 % off
+    assert report.verdict("HGD-T3", claim="c", rows=[times], tolerance=0.1, survives=True)["survives"] == "held"
+    with pytest.raises(ValueError, match="nothing to judge HGD-T3 by"):
+        report.verdict("HGD-T3", claim="c", rows=[{**near, "paper": None}])
+    shown = report.verdicts([near, {**both, "claim": "x" * 200}])
+    assert "x" * 200 in shown._repr_html_()
+    assert list(shown.index) == ["HGD-T3"] and shown["number reproduced"].iloc[0] == "partly (1 of 2 within 0.05)"
+    with pytest.raises(ValueError, match="no verdict"):
+        report.verdicts([near])
+
+
+def test_a_mean_row_has_the_normal_interval():
+    r = report.mean_row(torch.tensor([1.0, 3.0]), exhibit="study", system="s", unit="u")
+    assert (r["value"], r["n"]) == (2, 2) and r["high"] - 2 == pytest.approx(1.959964) == 2 - r["low"]  # standard deviation sqrt(2), over sqrt(2)
+    assert report.mean_row(torch.tensor([5.0]), exhibit="study", system="s", unit="u")["low"] is None
+
+
+def test_a_joint_histogram_draws_the_line_of_least_squares():
+    x = torch.tensor([-2.0, -1.0, 1.0, 2.0])
+    fig = plots.joint({"half": (x, x / 2), "none": (x, 0 * x)}, xlabel="x", ylabel="y")
+    assert [ax.get_legend().get_texts()[0].get_text() for ax in fig.axes[:2]] == ["k = 0.50", "k = 0.00"]
+    with pytest.raises(ValueError, match="every x of 'flat' is 0"):
+        plots.joint({"flat": (0 * x, x)}, xlabel="x", ylabel="y")

@@ -49,6 +49,13 @@ def test_a_plan_holds_only_what_differs_from_the_notebook(folder):
     assert series.plan(("01",), "smoke", None, {"n": 4, "flag": False}) == [("01_second", {"profile": "smoke", "rate": 1, "flag": False})]
 
 
+def test_a_section_for_one_data_set_comes_on_top(folder):
+    (folder / "params" / "quick.yaml").write_text("01_second: {n: 3}\n01_second@mnist: {n: 5}\n")
+    assert series.overrides("01_second", "quick") == {"profile": "quick", "n": 3}
+    assert series.overrides("01_second", "quick", "mnist")["n"] == 5
+    assert series.overrides("00_first", "quick", "mnist") == {"profile": "quick"}
+
+
 @pytest.mark.parametrize("wanted", [("01",), ("01_second",), ("notebooks/01_second.ipynb",), ("01", "01_second")])
 def test_a_notebook_is_picked_by_number_name_or_file(folder, wanted):
     assert series.pick(wanted) == ["01_second"]

@@ -105,13 +105,27 @@ def _score(value: Tensor, fell: Tensor) -> Tensor:
     return torch.where(fell, torch.inf, value)
 
 
+def _ball(x: Tensor, eps: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """What `_climb` projects with: for linf the lower and upper bound of every pixel, so that one clamp a step will do; for l2 centre and radius."""
+    return ((x - eps).clamp_(min=0), (x + eps).clamp_(max=1)) if norm == "linf" else (x, eps)
+
+
+def _climb(x_t: Tensor, grad: Tensor, step: Tensor, ball: tuple[Tensor, Tensor], norm: str) -> Tensor:
+    """One projected step of length `step` (B, 1, 1, 1) in the direction of steepest ascent."""
+    if norm == "linf":
+        return torch.clamp(torch.addcmul(x_t, step, grad.sign()), *ball)
+    return core.project(x_t + step * core.steepest(grad, norm), *ball, norm)
+
+
 def _walk(model, x, y, x_t, eps, step, steps, norm, objective, done, keep, decay, check):
     """`steps` steps from x_t. Returns the images kept and, unless keep is "last", their scores and whether they fool the model."""
+    ball, bad = _ball(x, eps, norm), torch.zeros((), device=x.device)  # bad: not finite once a gradient was not; a sign would hide it
     velocity = torch.zeros_like(x_t) if decay is not None else None
     best, score = x_t.clone() if keep != "last" else None, torch.full(x.shape[:1], -torch.inf, device=x.device)
     alive = torch.arange(len(x), device=x.device)
     for t in range(steps):
         logits, value, grad = core.gradient(model, x_t, y, objective, check=y if check and t == 0 else None)
+        bad += grad.sum(dtype=torch.float32)
         if keep == "best":
             best, score = _keep_better(best, score, x_t, _score(value, done(logits, y)))
         elif keep == "first":
@@ -120,14 +134,15 @@ def _walk(model, x, y, x_t, eps, step, steps, norm, objective, done, keep, decay
             score[alive] = _score(value, fell)
             if fell.any():
                 on = ~fell
-                alive, x, y, x_t, eps, step, grad = (v[on] for v in (alive, x, y, x_t, eps, step, grad))
+                alive, y, x_t, step, grad, *ball = (v[on] for v in (alive, y, x_t, step, grad, *ball))
                 velocity = velocity[on] if velocity is not None else None
                 if not len(alive):
                     break
         if decay is not None:
-            velocity = decay * velocity + grad / grad.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-12)
-            grad = velocity
-        x_t = core.project(x_t + step * core.steepest(grad, norm), x, eps, norm)
+            scale = grad.abs().mean((1, 2, 3), keepdim=True).clamp_(min=1e-12)
+            grad = velocity = torch.addcdiv(velocity if decay == 1 else decay * velocity, grad, scale)
+        x_t = _climb(x_t, grad, step, ball, norm)
+    core.finish(bad)
     if keep == "last":
         return x_t, None
     if len(alive):
@@ -196,7 +211,8 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
     out, top = x[alive].clone(), torch.full(alive.shape, -torch.inf, device=x.device)
     verdict = torch.zeros(alive.shape, dtype=torch.bool, device=x.device)
     at, index = torch.arange(len(alive), device=x.device), alive  # positions in `out` and in the batch
-    xs, es = x[index], eps[index]
+    xs, es, bad = x[index], eps[index], torch.zeros((), device=x.device)
+    ball = _ball(xs, es, norm)
     noise = core.uniform(xs, generator) if norm == "linf" else core.gaussian(xs, generator)
     scale = core.rows(noise.abs().amax((1, 2, 3))) if norm == "linf" else core.l2(noise)
     x_t = (xs + es * noise / scale).clamp_(0, 1)
@@ -210,6 +226,7 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
             with torch.no_grad():
                 logits = model(x_t)
                 value, grad = objective(logits, index), torch.zeros_like(x_t)
+        bad += grad.sum(dtype=torch.float32)
         g_best = grad if g_best is None else g_best
         done = core.fooled(logits, y[index], targeted)
         ups, since = ups + (value > f_old), since + 1
@@ -220,7 +237,7 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
         top[at], verdict[at] = f_best, done
         if done.any():
             on = ~done
-            at, index, xs, es, x_t, x_old, x_best = (v[on] for v in (at, index, xs, es, x_t, x_old, x_best))
+            at, index, x_t, x_old, x_best, *ball = (v[on] for v in (at, index, x_t, x_old, x_best, *ball))
             grad, g_best, step, ups, halved = (v[on] for v in (grad, g_best, step, ups, halved))
             f_old, f_best, f_mark = (v[on] for v in (f_old, f_best, f_mark))
         if t == steps or not len(at):
@@ -230,8 +247,8 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
             step = torch.where(core.rows(stalled), step / 2, step)
             x_t, grad = (torch.where(core.rows(stalled), a, b) for a, b in ((x_best, x_t), (g_best, grad)))
             f_mark, halved, ups, since = f_best, stalled, torch.zeros_like(ups), 0
-        z = core.project(x_t + step * core.steepest(grad, norm), xs, es, norm)
-        x_new = core.project(x_t + 0.75 * (z - x_t) + 0.25 * (x_t - x_old), xs, es, norm) if t else z
-        x_old, x_t = x_t, x_new
-    core.finish(x_t)
+        z = _climb(x_t, grad, step, ball, norm)
+        x_new = torch.lerp(x_t, z, 0.75).add_(x_t - x_old, alpha=0.25) if t else z
+        x_old, x_t = x_t, z if t == 0 else torch.clamp(x_new, *ball) if norm == "linf" else core.project(x_new, *ball, norm)
+    core.finish(bad)
     return out, top, verdict
