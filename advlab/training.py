@@ -356,25 +356,28 @@ def load_or_fit(name: str, model: nn.Module | Callable[[], nn.Module], step: Ste
     model: a function that builds it, as partial(small_cnn, width=16), called with the weights drawn from `seed`; or a network, which is copied and
     whose present weights are then part of the configuration. The configuration is worked out from the arguments, defaults included, by
     `checkpoints.describe`. Its hash names <name>-<hash>.pt, a state dict, and beside it a .json with the digest, configuration and history; during
-    training, a .partial from which a killed run resumes. A file that is damaged or not of this configuration is reported by a warning, moved aside
-    to *.bad and trained anew. Returns the model and a dict: name, path, config, sha256, history, seconds, device, threads, versions, cached."""
+    training, a .partial from which a killed run resumes. Published weights, in data/weights, come before one's own.
+    A file that is damaged or not of this configuration is reported by a warning, moved aside to *.bad and trained anew. Returns the model and a
+    dict: name, path, config, sha256, history, seconds, device, threads, versions, cached."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"name must be made of letters, digits, '_', '.' and '-', as it becomes a file's; got {name!r}")
     bound = inspect.signature(fit).bind(model, step, data, **settings)
     bound.apply_defaults()
     given = bound.arguments
     config = {"code": CODE, "model": describe(model), **describe({k: v for k, v in given.items() if k not in RUNTIME})}
-    stem = Path(folder or paths.checkpoints()) / f"{name}-{fingerprint(config)[:12]}"
-    weights, notes, unfinished = (Path(f"{stem}.{suffix}") for suffix in ("pt", "json", "partial"))
+    stem, home = f"{name}-{fingerprint(config)[:12]}", Path(folder or paths.checkpoints())
+    unfinished = home / f"{stem}.partial"
     if isinstance(model, nn.Module):
         model = copy.deepcopy(model)
     else:
         with seeded(given["seed"]):
             model = model()
     where, _ = _place(model, given["device"], given["channels_last"])
-    if info := trusted(partial(load_weights, model, weights, notes, config), weights, notes):
-        unfinished.unlink(missing_ok=True)
-        return model.eval(), info | {"path": str(weights), "cached": True}
+    for place in (paths.published(), home):  # the last of them is where new weights go
+        weights, notes = place / f"{stem}.pt", place / f"{stem}.json"
+        if info := trusted(partial(load_weights, model, weights, notes, config), weights, notes):
+            unfinished.unlink(missing_ok=True)
+            return model.eval(), info | {"path": str(weights), "cached": True}
     history = fit(model, step, data, checkpoint=unfinished, **settings)
     raw = to_bytes({k: v.cpu() for k, v in model.state_dict().items()})
     info = {"name": name, "config": config, "sha256": digest(raw), "history": history, "seconds": sum(row["seconds"] for row in history),
