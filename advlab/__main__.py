@@ -14,6 +14,11 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--dataset", help="a data set instead of the profile's own")
     run.add_argument("-p", dest="given", metavar="NAME=VALUE", action="append", default=[], help="a parameter; VALUE is a literal or a string")
     run.add_argument("--refresh", action="store_true", help="put the outputs into the committed notebooks")
+    train = commands.add_parser("train", help="train classifiers of the series into the cache; under torchrun, on several GPUs at once")
+    train.add_argument("roles", nargs="*", default=["target", "adversarial"], help="roles of advlab.zoo; target and adversarial by default")
+    train.add_argument("--profile", default="quick")
+    train.add_argument("--dataset", help="a data set instead of the profile's own")
+    train.add_argument("-p", dest="given", metavar="NAME=VALUE", action="append", default=[], help="a parameter of notebook 00, such as seed=1")
     commands.add_parser("list", help="the notebooks and their parameters")
     commands.add_parser("readme", help="make the README's tables from the committed results files")
     options = parser.parse_args(arguments)
@@ -30,6 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
             from advlab import readme
 
             readme.refresh()
+            return 0
+        if options.command == "train":
+            from advlab import zoo
+
+            zoo.prepare(options.roles, options.profile, options.dataset, dict(map(assignment, options.given)))
             return 0
         series.run(options.notebooks, profile=options.profile, dataset=options.dataset, given=dict(map(assignment, options.given)),
                    refresh=options.refresh)
