@@ -159,6 +159,10 @@ def run(wanted: Sequence[str] = (), *, profile: str = "quick", dataset: str | No
         command += ["--cores", str((jobs or max(cores // threads, 1)) * threads), "--resources", f"mem_mb={memory}", "gpu=1"]
     elif jobs:
         command += ["--jobs", str(jobs)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SeriesError(f"runs cannot be written: {error}; set ADVLAB_HOME to a folder that can") from None
     lost = [name for name, copy in copies.items() if _lost(copy)]
     again = [str(copies[name].with_suffix(".done").relative_to(folder)) for name in (copies if force else lost)]
     command += [*(["--forcerun", *again] if again else []), *further]
