@@ -34,7 +34,7 @@ for name, values in values_of.items():
     rule:
         name: name
         input:
-            notebook=ancient(str(paths.notebooks() / f"{name}.ipynb")),
+            notebook=ancient(local(str(paths.notebooks() / f"{name}.ipynb"))),
             earlier=[place(n, ".done") for n in pipeline.before(name, values_of)],
         output: place(name, ".done")
         log: place(name, ".ipynb")
@@ -46,4 +46,4 @@ for name, values in values_of.items():
             mem_mb=MEMORY.get(profile, 6000),
             runtime=MINUTES.get(profile, 360),
             gpu=int(profile == "paper"),  # the other profiles are made for processors
-        shell: "{sys.executable:q} -m advlab step {rule} --profile {profile} --values {params.values:q}"
+        shell: "{sys.executable:q} -m advlab step {rule} --profile {profile} --values {params.values:q} --stamp {output:q}"

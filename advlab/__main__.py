@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import sys
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("name")
     one.add_argument("--profile", required=True)
     one.add_argument("--values", type=json.loads, required=True, help="JSON")
+    one.add_argument("--stamp", type=Path, help="where the stamp goes besides runs/")
     commands.add_parser("list", help="the notebooks and their parameters")
     commands.add_parser("readme", help="make the README's tables from the committed results files")
     options = parser.parse_args(arguments)
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
             readme.refresh()
             return 0
         if options.command == "step":
-            pipeline.step(options.name, options.profile, options.values)
+            pipeline.step(options.name, options.profile, options.values, options.stamp)
             return 0
         pipeline.run(options.notebooks, profile=options.profile, dataset=options.dataset, given=dict(map(assignment, options.given)),
                      jobs=options.jobs, threads=options.threads, on=options.on, force=options.force, resume=options.resume, dry=options.dry_run,

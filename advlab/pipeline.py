@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,9 +94,9 @@ def copy_of(name: str, profile: str, values: Mapping[str, Any]) -> Path:
     return paths.runs(profile, str(values.get("dataset", series.parameters(name).get("dataset", "none")))) / f"{name}.ipynb"
 
 
-def step(name: str, profile: str, values: Mapping[str, Any]) -> None:
-    """Execute one notebook with papermill, then write its stamp. The copy is saved after every cell, so that a failure leaves it; SeriesError
-    then names notebook, cell and file, and says how to go on."""
+def step(name: str, profile: str, values: Mapping[str, Any], stamp: Path | None = None) -> None:
+    """Execute one notebook with papermill, then write its stamp, also to `stamp` where Snakemake keeps its files elsewhere. The copy is saved after
+    every cell, so that a failure leaves it; SeriesError then names notebook, cell and file, and says how to go on."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -111,9 +112,10 @@ def step(name: str, profile: str, values: Mapping[str, Any]) -> None:
         papermill.execute_notebook(paths.notebooks() / f"{name}.ipynb", out, parameters=dict(values), cwd=paths.notebooks(), kernel_name="python3",
                                    progress_bar=False, request_save_on_cell_execute=True)
         written = sorted(report.target("results", profile, "any", "any").parent.parent.glob(f"*/{name}.json"))
-        done = {"notebook": name, "values": dict(values), "sources": sources(name), "finished": time.time(), "seconds": round(time.time() - begun, 1),
+        done = {"notebook": name, "values": dict(values), "finished": time.time(), "seconds": round(time.time() - begun, 1),
                 "results": [os.path.relpath(file, paths.home()) for file in written if file.stat().st_mtime >= begun - 1]}
-        report.write_atomic(out.with_suffix(".done"), json.dumps(done, indent=1).encode())
+        for place in {out.with_suffix(".done"), (stamp or out.with_suffix(".done")).absolute()}:
+            report.write_atomic(place, json.dumps(done, indent=1).encode())
     except papermill.exceptions.PapermillExecutionError as error:
         first = next((line for line in error.source.splitlines() if line.strip()), "")
         message = (f"notebook {name} failed in cell {error.cell_index} ({first.strip()}): {error.ename}: {error.evalue}; "
@@ -161,6 +163,7 @@ def run(wanted: Sequence[str] = (), *, profile: str = "quick", dataset: str | No
         command += ["--jobs", str(jobs)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise SeriesError(f"runs cannot be written: {error}; set ADVLAB_HOME to a folder that can") from None
     lost = [name for name, copy in copies.items() if _lost(copy)]
@@ -170,15 +173,19 @@ def run(wanted: Sequence[str] = (), *, profile: str = "quick", dataset: str | No
         return _explain(command, lost, len(steps))
     for copy in copies.values():
         copy.with_suffix(".failed").unlink(missing_ok=True)
-    code = subprocess.run(command).returncode
+    process = subprocess.Popen(command)
+    while process.poll() is None:
+        with contextlib.suppress(KeyboardInterrupt):  # Snakemake gets it too, and tidies up
+            process.wait()
     if refresh:
         for name, copy in copies.items():
             if copy.with_suffix(".done").exists():
                 _refresh(copy, paths.notebooks() / f"{name}.ipynb")
-    if code:
+    if process.returncode:
         failed = [copy.with_suffix(".failed").read_text() for copy in copies.values() if copy.with_suffix(".failed").exists()]
         done = sum(copy.with_suffix(".done").exists() for copy in copies.values())
-        raise SeriesError("\n".join([*failed, f"{done} of {len(steps)} notebooks are done; Snakemake's messages above say what stopped the rest"]))
+        raise SeriesError("\n".join([*failed, f"{done} of {len(steps)} notebooks are done; Snakemake's messages above say what stopped the "
+                                      "rest (a lock left by a killed run: `make resume`)"]))
 
 
 def _lost(copy: Path) -> bool:

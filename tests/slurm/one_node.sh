@@ -73,7 +73,7 @@ done
 sinfo
 
 started=$SECONDS
-"$python" -m advlab run "${notebooks[@]}" --profile smoke --on slurm -- --slurm-no-account --slurm-status-command squeue --latency-wait 20
+"$python" -m advlab run "${notebooks[@]}" --profile smoke --on slurm -- --slurm-status-command squeue --latency-wait 20
 echo "--- $((SECONDS - started)) s in all; Slurm's own record:"
 sed -E 's/ (UserId|GroupId|Partition|ReservationName|Tres|Account|QOS|WcKey|Cluster|SubmitTime|EligibleTime|DerivedExitCode|NodeCnt)=[^ ]*//g' "$place/jobs.txt"
 done=$(find "$ADVLAB_HOME/runs/smoke" -name '*.done' | wc -l)
