@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("-n", "--dry-run", action="store_true", help="list what is stale, and why")
     run.add_argument("--force", action="store_true", help="run the notebooks even if they are up to date")
     run.add_argument("--resume", action="store_true", help="after a run was killed: take its lock away, then run what it left")
-    run.add_argument("--on", default="local", metavar="WHERE", help="local (default), slurm, or a folder with Snakemake's options")
+    run.add_argument("--on", default="local", metavar="WHERE", help="local (default), slurm, cloud, or a folder with Snakemake's options")
     one = commands.add_parser("step", help="execute one notebook (what a rule of the Snakefile calls)")
     one.add_argument("name")
     one.add_argument("--profile", required=True)

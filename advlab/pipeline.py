@@ -140,12 +140,12 @@ def run(wanted: Sequence[str] = (), *, profile: str = "quick", dataset: str | No
     they depend on.
 
     jobs notebooks at a time (0: as many as fit the cores) with `threads` threads each, on which results depend in the last digits, as they do not
-    on `jobs`. `on`: a folder with Snakemake's options, profiles/local or profiles/slurm by name. resume=True takes the lock of a killed run away.
+    on `jobs`. `on`: a folder with Snakemake's options, one of profiles/ by name. resume=True takes the lock of a killed run away.
     refresh=True puts the outputs into the notebooks themselves. `further` goes to Snakemake. SeriesError names what failed."""
     steps = series.plan(wanted, profile, dataset, given or {})
-    options = paths.SOURCE / "profiles" / on if on in ("local", "slurm") else Path(on).resolve()
-    if not (options / "config.yaml").is_file():
-        raise SeriesError(f"no config.yaml in {options}: --on takes local, slurm or a folder with Snakemake's options")
+    options = next((p for p in (paths.SOURCE / "profiles" / on, Path(on).resolve()) if (p / "config.yaml").is_file()), None)
+    if options is None:
+        raise SeriesError(f"no config.yaml in {Path(on).resolve()}: --on takes local, slurm, cloud or a folder with Snakemake's options")
     if jobs < 0 or threads < 1:
         raise SeriesError(f"at least one job and one thread, got {jobs} and {threads}")
     copies = {name: copy_of(name, profile, values) for name, values in steps}

@@ -319,9 +319,9 @@ def test_a_run_that_is_killed_three_times_ends_like_one_that_is_not():
     assert "3 kills in" in done.stdout
 
 
-def test_both_profiles_keep_the_triggers_that_the_stamps_need():
+@pytest.mark.parametrize("where", ["local", "slurm", "cloud"])
+def test_every_profile_keeps_the_triggers_that_the_stamps_need(where):
     import yaml
 
-    for where in ("local", "slurm"):
-        options = yaml.safe_load((ROOT / "profiles" / where / "config.yaml").read_text())
-        assert options["rerun-triggers"] == ["mtime", "params"] and options["rerun-incomplete"] is True
+    options = yaml.safe_load((ROOT / "profiles" / where / "config.yaml").read_text())
+    assert options["rerun-triggers"] == ["mtime", "params"] and options["rerun-incomplete"] is True
