@@ -130,8 +130,7 @@ def log_odds_gradient(model: Model, x: Tensor, *, create_graph: bool = False) ->
     with core.attacking(model):
         x = x if grow else x.detach().requires_grad_()
         logits = model(x)
-        top = logits.argmax(1)
-        r = core.others(logits, top).logsumexp(1) - logits.gather(1, top[:, None]).squeeze(1)
+        r = core.log_odds(logits, logits.argmax(1))
         (grad,) = torch.autograd.grad(r.sum(), x, create_graph=grow)
     return (logits, r, grad) if grow else (logits.detach(), r.detach(), grad)
 

@@ -79,7 +79,7 @@ def pgd_at(model, x, y, generator, *, eps: float, steps: int = 10, step_size: fl
     """PGD adversarial training (Madry et al., arXiv 1706.06083): cross-entropy on PGD's images only."""
     with evaluating(model):
         x_adv = pgd(model, x, y, eps=eps, steps=steps, step_size=step_size, norm=norm, loss=_cross_entropy, generator=generator)
-    return _adversarial(model, x_adv, y)
+    return on_adversarial(model, x_adv, y)
 
 
 def fast_fgsm(model, x, y, generator, *, eps: float, step_size: float | None = None):
@@ -89,7 +89,7 @@ def fast_fgsm(model, x, y, generator, *, eps: float, step_size: float | None = N
     evaluate=partial(pgd_accuracy, x=..., y=..., eps=eps) on a batch held out of the training data, and guard="pgd_accuracy"."""
     with evaluating(model):
         x_adv = ffgsm(model, x, y, eps=eps, step_size=step_size, loss=_cross_entropy, generator=generator)
-    return _adversarial(model, x_adv, y)
+    return on_adversarial(model, x_adv, y)
 
 
 def trades(model, x, y, generator, *, eps: float, beta: float = 6.0, steps: int = 10, step_size: float | None = None, norm: str = "linf"):
@@ -114,7 +114,8 @@ def pgd_accuracy(model: nn.Module, *, x: Tensor, y: Tensor, eps: float, steps: i
         return {"pgd_accuracy": _accuracy(model(pgd(model, x, y, eps=eps, steps=steps)), y).item()}
 
 
-def _adversarial(model, x_adv, y):
+def on_adversarial(model, x_adv, y):
+    """What steps of adversarial training return: cross-entropy on images already attacked."""
     logits = model(x_adv).float()
     return F.cross_entropy(logits, y), {"robust_accuracy": _accuracy(logits, y)}
 
