@@ -150,12 +150,16 @@ def run(wanted: Sequence[str] = (), *, profile: str = "quick", dataset: str | No
 
 
 def _refresh(executed: Path, notebook: Path) -> None:
-    """Put an executed copy in the notebook's place, without papermill's paths and times."""
+    """Put an executed copy in the notebook's place, without papermill's paths and times, and where a widget left a picture only the picture."""
     import nbformat
 
     document = nbformat.read(executed, as_version=4)
-    document.metadata.pop("papermill", None)
+    for key in ("papermill", "widgets"):
+        document.metadata.pop(key, None)
     for cell in document.cells:
+        for out in cell.get("outputs", ()):
+            if "image/png" in out.get("data", ()):  # its widget has gone with the kernel
+                out["data"].pop("application/vnd.jupyter.widget-view+json", None)
         for key in ("papermill", "execution"):
             cell.metadata.pop(key, None)
         if cell.metadata.get("tags") == []:

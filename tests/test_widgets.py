@@ -75,7 +75,8 @@ def make(kind, model, images, other):
 
 # for each explorer: controls with a value that must change the picture, and a word that must then be among the words
 MOVES = {
-    "attacks": {"eps": (2.0, "2/255"), "attack": ("pgd", "pgd"), "steps": (3, ""), "target": ("fox", ""), "image": (4, "elk"), "model": ("two", "")},
+    "attacks": {"eps": (2.0, "2/255"), "steps": (3, ""), "attack": ("fgsm", "fgsm"), "target": ("fox", ""), "image": (4, "elk"),
+                "model": ("two", "")},
     "maps": {"eps": (0.0, "Clean"), "scale": ("shared", "shared scale"), "show": ("size", ""), "image": (4, "elk"), "model": ("two", "")},
     "amplification": {"eps": (2.0, "2/255"), "layer": ("layer2.0", "layer2.0"), "attacker": ("knows the denoiser too", "too"), "image": (4, "elk"),
                       "model": ("two", ""), "restorer": ("none", "")},
@@ -129,6 +130,17 @@ def test_every_control_has_a_label_and_a_tooltip_and_reports_when_it_is_let_go(k
         assert not getattr(control, "continuous_update", False)
 
 
+def test_a_control_that_would_change_nothing_is_disabled(model, images):
+    explorer = widgets.AttackExplorer(model, *images)
+    steps, attack = explorer.controls["steps"], explorer.controls["attack"]
+    assert not steps.disabled
+    attack.value = "fgsm"
+    assert steps.disabled
+    attack.value = "apgd"
+    assert not steps.disabled
+    settle(explorer)
+
+
 def test_the_same_settings_give_the_same_picture(kind, model, images, other):
     one, two = (make(kind, model, images, other) for _ in range(2))
     assert settle(one) == settle(two) is not None and one.alt == two.alt
@@ -176,15 +188,16 @@ def test_many_fast_changes_end_at_the_last(model, images):
 
 
 def test_long_work_shows_progress_and_stops_when_cancelled(model, images):
-    slow = Gate(model, pace=0.1)
-    explorer = widgets.AttackExplorer(slow, *images)
+    explorer = widgets.AttackExplorer(model, *images)
     stop, bar, _ = explorer.children[1].children
     settle(explorer)
+    explorer.controls["steps"].value = 1
+    explorer.replace(models=Gate(model, pace=0.1))
+    settle(explorer)
     assert stop.disabled and bar.layout.visibility == "hidden"
-    explorer.controls["steps"].value = 100
     seen = threading.Event()
     bar.layout.observe(lambda change: seen.set() if change["new"] == "visible" else None, "visibility")
-    explorer.controls["attack"].value = "pgd"
+    explorer.controls["steps"].value = 100
     assert seen.wait(60) and not stop.disabled
     assert 0 < bar.value < 1
     stop.click()

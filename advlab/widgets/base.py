@@ -202,6 +202,15 @@ def options(control, values: Sequence) -> None:
     control.layout.display = None if len(control.options) > 1 else "none"
 
 
+def only_where(control, chooser, fits: Callable) -> None:
+    """Disable a control while the chooser's value does not fit, because it would change nothing."""
+    def follow(_=None) -> None:
+        control.disabled = not fits(chooser.value)
+
+    chooser.observe(follow, "value")
+    follow()
+
+
 def slider(kind, description: str, tooltip: str, value, low, high, step):
     """An IntSlider or FloatSlider that reports when it is let go."""
     form = {"readout_format": ".2g"} if kind is not IntSlider and step < 0.1 else {}

@@ -12,9 +12,9 @@ from advlab.attacks import apgd, bim, core, ddn, ffgsm, fgsm, mim, pgd
 from advlab.attacks.core import Model
 from advlab.attacks.ensemble import predict
 from advlab.plots import perturbation
-from advlab.widgets.base import ImageExplorer, Job, choice, figure, line, options, picture, place, slider
+from advlab.widgets.base import ImageExplorer, Job, choice, figure, line, only_where, options, picture, place, slider
 
-ATTACKS = {"fgsm": fgsm, "ffgsm": ffgsm, "bim": bim, "mim": mim, "pgd": pgd, "apgd": apgd}
+ATTACKS = {"pgd": pgd, "fgsm": fgsm, "ffgsm": ffgsm, "bim": bim, "mim": mim, "apgd": apgd}
 ONE_STEP = "fgsm", "ffgsm"
 _NARROW = Layout(width="250px")
 
@@ -37,6 +37,7 @@ class AttackExplorer(ImageExplorer):
             "attack": choice("Attack", list(ATTACKS), "Which attack"), "eps": _eps(),
             "steps": slider(IntSlider, "Steps", "Steps of the iterative attacks", 10, 1, 100, 1),
             "target": choice("Target", ["none"], "The class that the attack is to reach; none: any but the true one")})
+        only_where(self.controls["steps"], self.controls["attack"], lambda name: name not in ONE_STEP)
 
     def _adopt(self, models, x, y, classes, controls) -> None:
         super()._adopt(models, x, y, classes, controls)
@@ -124,6 +125,7 @@ class AmplificationExplorer(ImageExplorer):
             "attacker": choice("Attacker", ["knows the model only", "knows the denoiser too"], "What the PGD attack differentiates"),
             "layer": Select(options=["pixels"], description="Layer", tooltip="The layer whose channels are shown", rows=5, layout=_NARROW)})
         self.controls["restorer"].value = names[-1]
+        only_where(self.controls["attacker"], self.controls["restorer"], lambda name: name != "none")
 
     def _adopt(self, models, x, y, classes, controls) -> None:
         super()._adopt(models, x, y, classes, controls)
@@ -193,6 +195,7 @@ class SensitivityExplorer(ImageExplorer):
         super().__init__(models, x, y, classes, {
             "attack": choice("Attack", ["ddn", "pgd", "fgsm", "none"], "What was done to the image; DDN goes no further than it must"), "eps": _eps(),
             "rate": slider(IntSlider, "Masked (%)", "Share of the most sensitive elements that are replaced", 40, 0, 100, 5)})
+        only_where(self.controls["eps"], self.controls["attack"], lambda name: name in ATTACKS)
 
     def attacked(self, job: Job, model: str, attack: str, eps: float, index: slice) -> Tensor:
         from advlab.defenses.gred import round8
@@ -260,6 +263,7 @@ class SimilarityExplorer(ImageExplorer):
             "second": choice("Second", [""], "The system to compare with"),
             "scaling": choice("Scaling", ["max", "clip", "rank"], "Maps divided by their maximum, cut at the 99th percentile first, or ranked"),
             "label": choice("Label", ["true", "another"], "The label whose loss is differentiated for the second system")})
+        only_where(self.controls["label"], self.controls["second"], lambda name: name not in self.restorers)
 
     def _adopt(self, models, x, y, classes, controls) -> None:
         super()._adopt(models, x, y, classes, controls)
@@ -334,6 +338,6 @@ class TransformExplorer(ImageExplorer):
             p = predict(self.classifier, g_x).argmax(1)
             votes = f" f_a reads {self.classes[int(self.y[image])]} in {(p == self.y[image]).double().mean():.0%} of the draws."
         far, noise = away.abs(), floor.abs()
-        status = (f"N = {steps}, Δ = {delta:g}. Distance of image and mean of g(x): largest {far.max():.3f} (noise floor {noise.max():.3f}), mean {far.mean():.3f} (noise floor "
-                  f"{noise.mean():.3f}). The words above the pictures are what f_b sees.{votes}")
+        status = (f"N = {steps}, Δ = {delta:g}. Distance of image and mean of g(x): largest {far.max():.3f} (noise floor {noise.max():.3f}), "
+                  f"mean {far.mean():.3f} (noise floor {noise.mean():.3f}). The words above the pictures are what f_b sees.{votes}")
         return fig, f"The image, one draw of its transformation, the mean of {draws} draws, and the difference. {status}", status
