@@ -4,7 +4,7 @@ import json
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from advlab import paths, series
 from advlab.__main__ import main
@@ -104,6 +104,18 @@ def test_a_run_writes_executed_copies_and_a_failure_says_where_and_keeps_the_par
     assert "notebook 01_second failed in cell" in message and "x = 1 / (n - n)" in message
     assert "ZeroDivisionError" in message and str(partial) in message
     assert "fine" in partial.read_text() and '"never\\n"' not in partial.read_text()
+
+
+def test_a_refreshed_notebook_keeps_a_widgets_picture_and_not_the_widget(tmp_path):
+    view = "application/vnd.jupyter.widget-view+json"
+    cell = new_code_cell("explorer", execution_count=1)
+    cell.outputs = [new_output("display_data", {view: {"model_id": "a"}, "image/png": "QQ==", "text/plain": "Explorer"}),
+                    new_output("display_data", {view: {"model_id": "b"}, "text/plain": "a bar"})]
+    nbformat.write(new_notebook(cells=[cell], metadata=KERNEL | {"widgets": {}, "papermill": {}}), tmp_path / "run.ipynb")
+    series._refresh(tmp_path / "run.ipynb", tmp_path / "95_made.ipynb")
+    made = nbformat.read(tmp_path / "95_made.ipynb", as_version=4)
+    assert made.metadata == KERNEL
+    assert [sorted(out["data"]) for out in made.cells[0].outputs] == [["image/png", "text/plain"], [view, "text/plain"]]
 
 
 # --- the committed notebooks ---

@@ -67,13 +67,14 @@ class AttackExplorer(ImageExplorer):
 def _bars(fig, left: float, before: Tensor, after: Tensor, classes: Sequence[str]) -> None:
     """The five likeliest classes under attack, and what they were before."""
     top = after.topk(min(5, len(after))).indices.tolist()
-    ax, at = place(fig, left, 0.35, 9.1 - left, 2.0, "probability"), range(len(top))
+    ax, at = place(fig, left, 0.5, 9.1 - left, 1.85), range(len(top))
     for shift, logits, colour, name in ((0.2, after, "#D55E00", "adversarial"), (-0.2, before, "#56B4E9", "original")):
         ax.barh([k + shift for k in at], logits.softmax(0)[top].tolist(), 0.38, color=colour, label=name)
     ax.set_yticks(list(at), [classes[k][:11] for k in top])
     ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
     ax.invert_yaxis()
-    ax.legend(fontsize=7, frameon=False, loc="lower right")
+    ax.set_xlabel("probability", fontsize=8, labelpad=1)
+    ax.legend(fontsize=7.5, frameon=False, loc="lower right", bbox_to_anchor=(1.02, 0.98), ncol=2, handlelength=1.2, columnspacing=0.8)
 
 
 class GradientMapExplorer(ImageExplorer):
@@ -147,8 +148,8 @@ class AmplificationExplorer(ImageExplorer):
         layer = layer if layer in ("pixels", *names) else "pixels"
         noise = (x + (x_adv - x).norm() * F.normalize(core.gaussian(x, torch.Generator().manual_seed(0)).flatten(), dim=0).view_as(x)).clamp(0, 1)
         seen = {"attacked": x_adv, "noise of equal size": noise} | {name: r(x_adv) for name, r in self.restorers.items()}
-        fig = figure(3.7)
-        ax = place(fig, 0.6, 0.95, 3.6, 2.45, "relative change E of each layer")
+        fig = figure(3.6)
+        ax = place(fig, 0.6, 0.9, 3.6, 2.4, "relative change E of each layer")
         for k, (name, v) in enumerate(seen.items()):
             level = error_amplification(f, x, v, names)
             line(ax, k, range(len(level)), [e.item() for e in level.values()], name)
@@ -167,7 +168,7 @@ class AmplificationExplorer(ImageExplorer):
 def _channels(fig, maps: Mapping[str, Tensor], layer: str) -> None:
     """The four channels that differ most between the first two of maps (C, H, W), a row for each map; bars for vectors (C,)."""
     first, second = list(maps.values())[:2]
-    side, left = 0.98, 4.95
+    side, left = 0.94, 4.95
     if first.ndim < 3:
         ax = place(fig, left, 0.6, 4.1, 2.7, f"{layer}: {first.numel()} values")
         for k, (name, v) in enumerate(maps.items()):
@@ -179,8 +180,8 @@ def _channels(fig, maps: Mapping[str, Tensor], layer: str) -> None:
     for i, (name, m) in enumerate(maps.items()):
         for j, k in enumerate(best):
             low, high = first[k].min().item(), first[k].max().item()
-            picture(fig, m[k], left + j * 1.05, 2.35 - i * 1.14, side, f"{name}, {k}", size=7, scale=(low, high))
-    fig.text((left + 2.05) / 9.2, 0.98, f"{layer}: the channels that change most", fontsize=9, ha="center", va="top")
+            picture(fig, m[k], left + j * 1.05, 2.28 - i * 1.13, side, f"{name}, {k}", size=7, scale=(low, high))
+    fig.text((left + 2.05) / 9.2, 0.985, f"{layer}: the channels that change most", fontsize=9, ha="center", va="top")
 
 
 class SensitivityExplorer(ImageExplorer):
@@ -338,6 +339,7 @@ class TransformExplorer(ImageExplorer):
             p = predict(self.classifier, g_x).argmax(1)
             votes = f" f_a reads {self.classes[int(self.y[image])]} in {(p == self.y[image]).double().mean():.0%} of the draws."
         far, noise = away.abs(), floor.abs()
-        status = (f"N = {steps}, Δ = {delta:g}. Distance of image and mean of g(x): largest {far.max():.3f} (noise floor {noise.max():.3f}), "
-                  f"mean {far.mean():.3f} (noise floor {noise.mean():.3f}). The words above the pictures are what f_b sees.{votes}")
+        status = (f"N = {steps}, Δ = {delta:g}. Distance of the image from the mean of {draws} draws: {far.max():.3f} at the largest pixel, "
+                  f"{far.mean():.3f} on average; noise floor, the distance of two half means: {noise.max():.3f} and {noise.mean():.3f}. The words above the pictures "
+                  f"are what f_b sees.{votes}")
         return fig, f"The image, one draw of its transformation, the mean of {draws} draws, and the difference. {status}", status
