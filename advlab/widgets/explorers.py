@@ -340,6 +340,6 @@ class TransformExplorer(ImageExplorer):
             votes = f" f_a reads {self.classes[int(self.y[image])]} in {(p == self.y[image]).double().mean():.0%} of the draws."
         far, noise = away.abs(), floor.abs()
         status = (f"N = {steps}, Δ = {delta:g}. Distance of the image from the mean of {draws} draws: {far.max():.3f} at the largest pixel, "
-                  f"{far.mean():.3f} on average; noise floor, the distance of two half means: {noise.max():.3f} and {noise.mean():.3f}. The words above the pictures "
-                  f"are what f_b sees.{votes}")
+                  f"{far.mean():.3f} on average; noise floor, the distance of two half means: {noise.max():.3f} and "
+                  f"{noise.mean():.3f}. The words above the pictures are what f_b sees.{votes}")
         return fig, f"The image, one draw of its transformation, the mean of {draws} draws, and the difference. {status}", status
