@@ -209,7 +209,7 @@ def _explain(command: list[str], lost: Sequence[str], count: int) -> None:
 
 
 def _refresh(executed: Path, notebook: Path) -> None:
-    """Put the outputs of an executed copy into the notebook, whose code cells are the same."""
+    """Put the outputs of an executed copy into the notebook, whose code cells are the same; where a widget left a picture, only the picture."""
     import nbformat
 
     document = nbformat.read(notebook, as_version=4)
@@ -222,6 +222,8 @@ def _refresh(executed: Path, notebook: Path) -> None:
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
+            if "image/png" in output.get("data", ()):  # its widget has gone with the kernel
+                output.data.pop("application/vnd.jupyter.widget-view+json", None)
     fresh = notebook.with_suffix(".tmp")
     nbformat.write(document, fresh)
     os.replace(fresh, notebook)

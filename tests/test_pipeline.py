@@ -171,6 +171,18 @@ def test_a_step_writes_copy_and_stamp_and_refresh_takes_only_the_outputs(folder)
         pipeline._refresh(place / "00_first.ipynb", folder / "00_first.ipynb")
 
 
+def test_a_refreshed_notebook_keeps_a_widgets_picture_and_not_the_widget(folder):
+    view, file, ran = "application/vnd.jupyter.widget-view+json", folder / "00_first.ipynb", folder / "ran.ipynb"
+    notebook(folder, "00_first", "explorer")
+    document = nbformat.read(file, as_version=4)
+    document.cells[-1].outputs = [nbformat.v4.new_output("display_data", {view: {"model_id": "a"}, "image/png": "QQ==", "text/plain": "Explorer"}),
+                                  nbformat.v4.new_output("display_data", {view: {"model_id": "b"}, "text/plain": "a bar"})]
+    nbformat.write(document, ran)
+    pipeline._refresh(ran, file)
+    outputs = nbformat.read(file, as_version=4).cells[-1].outputs
+    assert [sorted(out["data"]) for out in outputs] == [["image/png", "text/plain"], [view, "text/plain"]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("cell", "words"), [("x = 1 / (n - n)", ["failed in cell 3 (x = 1 / (n - n)): ZeroDivisionError"]),
                                              ("import os, signal\nos.kill(os.getpid(), 9)", ["the kernel of notebook 00_first died"])])
