@@ -20,7 +20,8 @@ import psutil
 
 VOLATILE = ("commit", "seconds")  # of a run; what a row measures with a clock:
 CLOCKED = ("seconds", "milliseconds")
-TIMES = ("s", "ms", "ms an image", "images/s", "seconds", "times the classifier's")
+TIMES = ("s", "ms", "ms an image", "images/s", "seconds", "times the classifier's")  # units
+CLOCKS = ("time", "training step")  # words of a metric that is a share or ratio of times
 
 
 def start(home: Path, arguments: list[str], *more: str) -> subprocess.Popen:
@@ -44,7 +45,7 @@ def rows(file: Path) -> dict:
     document = json.loads(file.read_text())
     kept = []
     for row in document["rows"]:
-        clock = row["unit"] in TIMES or "time" in str(row.get("metric"))
+        clock = row["unit"] in TIMES or any(word in str(row.get("metric")) for word in CLOCKS)
         kept.append({k: v for k, v in row.items() if k not in CLOCKED and not (clock and k in ("value", "low", "high"))})
     return {"run": {k: v for k, v in document["run"].items() if k not in VOLATILE}, "rows": kept}
 
@@ -85,7 +86,7 @@ def main() -> None:
                 resumed = ["--resume"]
                 begun = time.monotonic()
                 try:
-                    code = process.wait(moments.uniform(0.1, 0.8) * whole if kills < options.kills else None)
+                    code = process.wait(moments.uniform(0.1, 0.9) * whole if kills < options.kills else None)
                 except subprocess.TimeoutExpired:
                     kill(process)
                     kills += 1
@@ -101,8 +102,9 @@ def main() -> None:
             again = [name for name, written in finished.items() if now.get(name) != written]
             unequal = [name for name in {*expected, *found} if expected.get(name) != found.get(name)]
             for name in unequal:
-                pairs = zip(expected.get(name, {}).get("rows", []), found.get(name, {}).get("rows", []))
-                print(name, next(((a, b) for a, b in pairs if a != b), "differs in its run or its number of rows"), file=sys.stderr)
+                pairs = list(zip(expected.get(name, {}).get("rows", []), found.get(name, {}).get("rows", [])))
+                rows_of = [f"{a}\n  {b}" for a, b in pairs if a != b] or ["its run or its number of rows"]
+                print(f"{name} differs in {len(rows_of)} places, first:\n  {rows_of[0]}", file=sys.stderr)
             if again or unequal:
                 sys.exit(f"trained again: {again}; results that differ: {unequal}")
             print(f"resumed to the end: {len(found)} results files equal, {len(finished)} networks not trained again", flush=True)
