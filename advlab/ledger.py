@@ -70,6 +70,36 @@ def _measure(paper: str, rows: list[dict]) -> str | None:
     return f"{', '.join(str(a) for a in at if a)}: {r['value']:.3g}{'' if r['unit'] == '1' else ' ' + r['unit']}{printed}"
 
 
+SUMMARY = ("paper", "exhibits run", "number reproduced: yes / partly / no", "claim survives an adaptive attack: held / refuted / not tested")
+LINES = ("exhibit", "claim", "data, n", "one of the values", "number reproduced", "survives an adaptive attack", "where")
+
+
+def summary(lines: Iterable[dict]) -> list[list[str]]:
+    """SUMMARY's columns for each paper: how many of its exhibits have run, and its verdicts counted; an exhibit counts once for each data set."""
+    def count(paper: str, field: str, words: tuple[str, ...]) -> str:
+        return " / ".join(str(sum(e["paper"] == paper and e[field] == word for e in lines)) for word in words)
+
+    lines, out = list(lines), []
+    for paper in LAST:
+        own = {e["exhibit"]: False for e in lines if e["paper"] == paper} | {e["exhibit"]: True for e in lines if e["paper"] == paper and e["rows"]}
+        sets = dict.fromkeys(e["dataset"] for e in lines if e["paper"] == paper and e["rows"])
+        out.append([paper, f"{sum(own.values())} of {len(own)}" + (f" on {', '.join(sets)}" if sets else ""),
+                    count(paper, "reproduced", ("yes", "partly", "no")), count(paper, "survives", ("held", "refuted", "not tested"))])
+    return out
+
+
+def listed(lines: Iterable[dict], start: Path) -> list[list[str]]:
+    """LINES' columns for each entry, with links from the folder `start` to notebook, figure and results file."""
+    out = []
+    for e in lines:
+        links = [f"[{word}]({relative(e[word], start)})" for word in ("notebook", "figure", "results") if e[word]]
+        sizes = "" if e["n"] is None else f", n = {e['n']:,}" if e["n"] == e["least"] else f", n = {e['least']:,} to {e['n']:,}"
+        number = f"{e['reproduced']} ({e['met']} of {e['marks']} within {e['tolerance']:g})" if e["reproduced"] else "not run" if not e["rows"] else "-"
+        out.append([f"{e['exhibit']}: {e['what']}", e["claim"] or "-", f"{e['dataset']}{sizes}" if e["dataset"] else "-", e["measure"] or "-", number,
+                    e["survives"] or "-", " · ".join(links)])
+    return [[cell.replace("|", "\\|") for cell in line] for line in out]
+
+
 def gaps(profile: str, of: Iterable[dict] | None = None) -> dict[str, str]:
     """What each exhibit that is not complete lacks on its best data set, by its id; {} when the profile is complete."""
     weak, best = untrained(profile), {}
@@ -110,11 +140,11 @@ def unexplained(profile: str) -> list[str]:
 # --- the comparison ------------------------------------------------------------
 
 
-def comparison(profile: str) -> tuple[list[dict], list[str]]:
-    """The rows of the exhibit "comparison" on the common ground, each system's from its own paper's notebook and the yardsticks' from the first that
-    has them, with `source`, the notebook; and the results files that are not there yet. Costs come as threat "cost" and attack training (s),
-    inference (times the bare classifier) or parameters."""
-    rows, missing, dataset = [], [], COMMON[profile]
+def comparison(profile: str, dataset: str | None = None) -> tuple[list[dict], list[str]]:
+    """The rows of the exhibit "comparison" in the papers' last notebooks, on the profile's common ground unless a data set is given, with `source`, the
+    notebook; and the results files that are not there yet. Costs come as threat "cost" and attack training (s), inference (times the bare
+    classifier) or parameters."""
+    rows, missing, dataset = [], [], dataset or COMMON[profile]
     for notebook, _ in LAST.values():
         try:
             document = report.load_results(notebook, profile=profile, dataset=dataset)
@@ -126,10 +156,13 @@ def comparison(profile: str) -> tuple[list[dict], list[str]]:
 
 
 def _named(r: dict) -> dict:
-    """A cost row with its kind as the attack: notebooks say it there or as `metric`, in words of their own."""
+    """A cost row with its kind as the attack: notebooks say it there or as `metric`, in words of their own. The yardsticks' parameters are 0: they
+    stand in the classifier's place, not beside it."""
     words = {"training": "training", "inference": "inference", "parameters": "parameters", "size": "parameters"}
     kind = (r["attack"] if r["threat"] == "cost" else r.get("metric") or "").split(" ")[0]
-    return r | {"threat": "cost", "attack": words[kind]} if kind in words and "rung" not in r else r
+    if kind not in words or "rung" in r:
+        return r
+    return r | {"threat": "cost", "attack": words[kind]} | ({"value": 0.0} if r["system"] in YARDSTICKS and words[kind] == "parameters" else {})
 
 
 def settled(rows: list[dict]) -> list[dict]:

@@ -8,9 +8,9 @@ RUN = {"parameters": {}, "seed": 0, "device": "cpu", "threads": 1, "versions": {
 
 
 def rung(system, threat, value, n=64, number=1, **fields):
-    correct = round(value * n)
-    return report.row(exhibit="comparison", system=system, threat=threat, attack="clean" if threat == "none" else "a", eps=0.0 if threat == "none" else 8 / 255,
-                      n=n, correct=correct, value=correct / n, unit="accuracy", rung=number, worst=correct / n, **fields)
+    correct, clean = round(value * n), threat == "none"
+    return report.row(exhibit="comparison", system=system, threat=threat, attack="clean" if clean else "a", eps=0.0 if clean else 8 / 255, n=n,
+                      correct=correct, value=correct / n, unit="accuracy", rung=number, worst=correct / n, **fields)
 
 
 def ladder(system, *values, **fields):
@@ -45,6 +45,17 @@ def test_a_complete_profile_has_an_entry_for_each_exhibit_and_no_gap(made):
     assert all((e["n"], e["met"], e["marks"], e["reproduced"], e["survives"]) == (64, 0, 1, "no", "refuted") for e in lines)
     assert lines[0]["measure"] == "LGD, pgd: 50 % (paper: 60)" and lines[0]["results"].exists() and lines[0]["notebook"].exists()
     assert ledger.gaps("quick") == {}
+
+
+def test_summary_and_list_by_hand(made, tmp_path):
+    made(left_out=["HGD-T2"])
+    lines = ledger.entries("quick")
+    assert ledger.summary(lines)[0] == ["HGD", "7 of 8 on skimage10", "0 / 0 / 7", "0 / 7 / 0"]
+    assert ledger.summary(lines[:1])[0] == ["HGD", "0 of 1", "0 / 0 / 0", "0 / 0 / 0"]
+    first, second = ledger.listed(lines[:2], tmp_path / "notebooks")
+    assert first[1:6] == ["-", "skimage10", "-", "not run", "-"]
+    assert second[1:6] == ["it holds", "skimage10, n = 64", "LGD, pgd: 50 % (paper: 60)", "no (0 of 1 within 0.05)", "refuted"]
+    assert second[6].endswith("[results](../data/results/quick/skimage10/10_hgd_denoisers.json)") and "[figure]" not in second[6]
 
 
 def test_too_few_images_no_verdict_or_an_absent_exhibit_is_a_gap(made):
