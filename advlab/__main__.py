@@ -1,4 +1,4 @@
-"""`python -m advlab run [NOTEBOOKS] --profile P --dataset D -p name=value`: run the series."""
+"""`python -m advlab run [NOTEBOOKS] --profile P --dataset D -p name=value` runs the series, `audit package.module:builder` attacks a defence."""
 
 import argparse
 import ast
@@ -16,15 +16,34 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--refresh", action="store_true", help="put the outputs into the committed notebooks")
     commands.add_parser("list", help="the notebooks and their parameters")
     commands.add_parser("readme", help="make the README's tables from the committed results files")
+    audit = commands.add_parser("audit", help="climb the ladder against a defence of yours: report in runs/audit/NAME")
+    audit.add_argument("defence", metavar="package.module:builder", help="a function that returns the network, or a network; see advlab.audit")
+    audit.add_argument("--data", default="skimage10", help="data set whose test images are attacked (default skimage10)")
+    audit.add_argument("--profile", default="quick", choices=("smoke", "quick", "standard", "paper"), help="whose budget is spent")
+    audit.add_argument("--n", type=int, help="test images, by default the profile's")
+    audit.add_argument("--eps", type=float, default=8.0, help="budget, of 255 (linf) or in pixels of [0, 1] (l2); default 8")
+    audit.add_argument("--norm", default="linf", choices=("linf", "l2"))
+    audit.add_argument("--surrogates", nargs="*", default=["target", "adversarial"], help="roles of advlab.zoo to transfer from, trained at need")
+    audit.add_argument("--name", help="of the report's folder, by default the builder's")
+    for part in ("steps", "restarts", "samples", "queries"):
+        audit.add_argument(f"--{part}", type=int, help=f"instead of the profile's {part}")
     options = parser.parse_args(arguments)
 
     from advlab import series
+    from advlab.audit import AuditError
     from advlab.data import DataError
 
     try:
         if options.command == "list":
             for name in series.names():
                 print(name, *(f"  {key} = {value!r}" for key, value in series.parameters(name).items()), sep="\n")
+            return 0
+        if options.command == "audit":
+            from advlab import audit
+
+            given = vars(options)
+            audit.run(given["defence"], dataset=given["data"], **{k: given[k] for k in ("profile", "n", "eps", "norm", "surrogates", "name")},
+                      spend={part: given[part] for part in ("steps", "restarts", "samples", "queries")})
             return 0
         if options.command == "readme":
             from advlab import readme
@@ -33,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         series.run(options.notebooks, profile=options.profile, dataset=options.dataset, given=dict(map(assignment, options.given)),
                    refresh=options.refresh)
-    except (series.SeriesError, DataError) as error:
+    except (series.SeriesError, DataError, AuditError) as error:
         print(f"advlab: {error}", file=sys.stderr)
         return 1
     return 0

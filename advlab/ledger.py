@@ -94,7 +94,9 @@ def listed(lines: Iterable[dict], start: Path) -> list[list[str]]:
     for e in lines:
         links = [f"[{word}]({relative(e[word], start)})" for word in ("notebook", "figure", "results") if e[word]]
         sizes = "" if e["n"] is None else f", n = {e['n']:,}" if e["n"] == e["least"] else f", n = {e['least']:,} to {e['n']:,}"
-        number = f"{e['reproduced']} ({e['met']} of {e['marks']} within {e['tolerance']:g})" if e["reproduced"] else "not run" if not e["rows"] else "-"
+        number = "-" if e["rows"] else "not run"
+        if e["reproduced"]:
+            number = f"{e['reproduced']} ({e['met']} of {e['marks']} within {e['tolerance']:g})"
         out.append([f"{e['exhibit']}: {e['what']}", e["claim"] or "-", f"{e['dataset']}{sizes}" if e["dataset"] else "-", e["measure"] or "-", number,
                     e["survives"] or "-", " · ".join(links)])
     return [[cell.replace("|", "\\|") for cell in line] for line in out]
@@ -141,9 +143,9 @@ def unexplained(profile: str) -> list[str]:
 
 
 def comparison(profile: str, dataset: str | None = None) -> tuple[list[dict], list[str]]:
-    """The rows of the exhibit "comparison" in the papers' last notebooks, on the profile's common ground unless a data set is given, with `source`, the
-    notebook; and the results files that are not there yet. Costs come as threat "cost" and attack training (s), inference (times the bare
-    classifier) or parameters."""
+    """The rows of the exhibit "comparison" in the papers' last notebooks, on the profile's common ground unless a data set is given, with
+    `source`, the notebook; and the results files that are not there yet. Costs come as threat "cost" and attack training (s), inference (times
+    the bare classifier) or parameters."""
     rows, missing, dataset = [], [], dataset or COMMON[profile]
     for notebook, _ in LAST.values():
         try:

@@ -129,7 +129,7 @@ def compared() -> str:
     return f"{markdown(header, lines)}\n\n{note}" + (f" Not there yet: {', '.join(f'`{name}`' for name in missing)}." if missing else "")
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"classifiers": classifiers, "claims": claims, "compared": compared, "hgd": hgd, "speed": speed, "strength": strength}
+BLOCKS: dict[str, Callable[[], str]] = {f.__name__: f for f in (classifiers, claims, compared, hgd, speed, strength)}
 
 
 def filled(text: str) -> str:
