@@ -8,7 +8,7 @@ BENCH := .venv-bench
 RUN  := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 
-.PHONY: help setup reproduce test lint lab notebooks bench lock clean
+.PHONY: help setup reproduce report test lint lab notebooks bench lock clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -33,6 +33,9 @@ $(STAMP): requirements.lock pyproject.toml
 
 reproduce: setup  ## run the notebook series: figures/, data/results/ and executed copies in runs/
 	$(RUN) -m advlab run $(NOTEBOOK) --profile $(PROFILE) $(if $(DATASET),--dataset $(DATASET))
+
+report: setup  ## the executed notebooks as HTML that opens without network: runs/PROFILE/report/index.html
+	$(RUN) -m advlab report --profile $(PROFILE)
 
 test: lint  ## lint, unit tests, and the notebooks at smoke size under nbval
 	$(RUN) -m pytest -n 2 --dist loadfile tests

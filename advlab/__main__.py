@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     audit.add_argument("--name", help="of the report's folder, by default the builder's")
     for part in ("steps", "restarts", "samples", "queries"):
         audit.add_argument(f"--{part}", type=int, help=f"instead of the profile's {part}")
+    pages = commands.add_parser("report", help="HTML pages of the executed notebooks, readable offline: runs/PROFILE/report/index.html")
+    pages.add_argument("--profile", default="quick")
     options = parser.parse_args(arguments)
 
     from advlab import series
@@ -37,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "list":
             for name in series.names():
                 print(name, *(f"  {key} = {value!r}" for key, value in series.parameters(name).items()), sep="\n")
+            return 0
+        if options.command == "report":
+            from advlab import html
+
+            print(html.export(options.profile))
             return 0
         if options.command == "audit":
             from advlab import audit
@@ -52,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         series.run(options.notebooks, profile=options.profile, dataset=options.dataset, given=dict(map(assignment, options.given)),
                    refresh=options.refresh)
-    except (series.SeriesError, DataError, AuditError) as error:
+    except (series.SeriesError, DataError, AuditError, FileNotFoundError) as error:
         print(f"advlab: {error}", file=sys.stderr)
         return 1
     return 0
