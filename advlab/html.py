@@ -25,11 +25,11 @@ def exporter():
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
     class Renderer(IPythonRenderer):
-        def inline_math(self, body: str) -> str:
-            return latex2mathml.converter.convert(body)
+        def inline_math(self, body: str, display: str = "inline") -> str:
+            return latex2mathml.converter.convert(body.replace(r"\arg", r"\operatorname{arg}"), display=display)  # it knows min and max only
 
         def block_math(self, body: str) -> str:
-            return latex2mathml.converter.convert(body, display="block")
+            return self.inline_math(body, "block")
 
     def markdown(source: str) -> str:
         return MarkdownWithMath(renderer=Renderer(escape=False, embed_images=True, path=str(paths.notebooks()))).render(source)
@@ -54,7 +54,7 @@ def export(profile: str) -> Path:
     for file in executed:
         notebook = nbformat.read(file, as_version=4)
         title = next((c.source.splitlines()[0].lstrip("# ") for c in notebook.cells if c.cell_type == "markdown"), file.stem)
-        body, _ = made.from_notebook_node(notebook)
+        body = re.sub("(?s)<script.*?</script>", "", made.from_notebook_node(notebook)[0])  # of progress bars and other widgets
         body = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body).replace('href="../', f'href="{back}/')
         page = PAGE.format(title=html.escape(title), style=style, body=f'<p><a href="../index.html">all notebooks</a></p>{body}')
         report.write_atomic(folder / file.parent.name / f"{file.stem}.html", page.encode())
