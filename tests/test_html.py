@@ -21,7 +21,8 @@ def made(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
     text = r"# 01 · A title < b" + "\n\n" + r"$\frac{a}{b}$ and `$ADVLAB_DATA`, see [02](02_b.ipynb), [file](../data/x.json), [paper](https://arxiv.org/abs/1)"
-    cells = [new_markdown_cell(text), new_markdown_cell(r"| $x_t$ |" + "\n| --- |\n" + r"| $\nabla_x \mathcal{L}$ |" + "\n\n$$\\arg\\min_i p_i G_i = 0$$"),
+    formulas = r"| $x_t$ |" + "\n| --- |\n" + r"| $\nabla_x \mathcal{L}$ |" + "\n\n" + r"$$\arg\min_i p_i G_i = 0$$"
+    cells = [new_markdown_cell(text), new_markdown_cell(formulas),
              new_code_cell("1 + 1", outputs=[new_output("display_data", {"image/png": png}), new_output("stream", text="a < b"),
                                               new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}})])]
     for name in ("01_a", "02_b"):
