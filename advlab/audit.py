@@ -165,7 +165,8 @@ def audit(defence: nn.Module, parts: Parts, x: Tensor, y: Tensor, budget: Budget
         say(f"{name}: curves and checks on {len(x_few)} images")
         curves.extend(_curves(defence, ways, budget, x_few, y_few, name=name, batch_size=batch_size, **spent))
         at = {r["system"]: r["value"] for r in curves if r["curve"] == "eps" and r["eps"] == eps}
-        checks = sanity.sanity(defence, x_few, y_few, surrogate=ways[min(reversed(at), key=at.get)] if at else None, steps=budget.steps, ladder=last, **spent)
+        best = ways[min(reversed(at), key=at.get)] if at else None
+        checks = sanity.sanity(defence, x_few, y_few, surrogate=best, steps=budget.steps, ladder=last, **spent)
     except KeyboardInterrupt:
         if last is None:
             raise

@@ -14,6 +14,7 @@ from advlab import paths, reference, report
 LAST = {"HGD": ("13_hgd_adaptive", "LGD"), "S2S": ("22_s2s_counterfactuals", "S2S"), "GRED": ("33_gred_white_box", "GRED"),
         "TRN": ("43_trn_bypass", "TRN"), "Transform": ("52_transform_comparison", "Transform")}  # fmt: skip
 YARDSTICKS = ("no defence", "AT")
+COSTS = {"training": "s", "inference": "times the classifier's", "parameters": "parameters"}
 COMMON = {"smoke": "skimage10", "quick": "skimage10", "standard": "fashion_mnist", "paper": "cifar10"}
 ENOUGH = {"quick": 64, "standard": 200, "paper": 1000}  # images behind at least one measured value of each exhibit
 FEWER = {("standard", "Transform"): 100}  # a pass of Transform costs fourteen of the bare classifier's
@@ -160,11 +161,11 @@ def comparison(profile: str, dataset: str | None = None) -> tuple[list[dict], li
 def _named(r: dict) -> dict:
     """A cost row with its kind as the attack: notebooks say it there or as `metric`, in words of their own. The yardsticks' parameters are 0: they
     stand in the classifier's place, not beside it."""
-    words = {"training": "training", "inference": "inference", "parameters": "parameters", "size": "parameters"}
-    kind = (r["attack"] if r["threat"] == "cost" else r.get("metric") or "").split(" ")[0]
-    if kind not in words or "rung" in r:
+    kind = (r["attack"] if r["threat"] == "cost" else r.get("metric") or "").split(" ")[0].replace("size", "parameters")
+    if kind not in COSTS or "rung" in r:
         return r
-    return r | {"threat": "cost", "attack": words[kind]} | ({"value": 0.0} if r["system"] in YARDSTICKS and words[kind] == "parameters" else {})
+    r = r | {"threat": "cost", "attack": kind, "unit": COSTS[kind]}
+    return r | {"value": 0.0} if r["system"] in YARDSTICKS and kind == "parameters" else r
 
 
 def settled(rows: list[dict]) -> list[dict]:

@@ -122,7 +122,8 @@ def compared() -> str:
         cost = {r["attack"]: r["value"] for r in rows if r["system"] == system and r["threat"] == "cost"}
         price = [f"{cost[k]:{form}}" if k in cost else "-" for k, form in (("training", ",.0f"), ("inference", ".1f"), ("parameters", ",.0f"))]
         ends = [f"{share(r)}" + (f" ({r['threat']})" if k == 1 else "") for k, r in enumerate((*rungs[:2], rungs[-1]))] if rungs else ["-"] * 3
-        lines.append([system, *ends, *price])
+        paper = next((paper for paper, (_, own) in ledger.LAST.items() if own == system != paper), None)
+        lines.append([f"{paper}: {system}" if paper else system, *ends, *price])
     header = ["system", "clean", "first rung", "worst case", "training, s", "answer, times the bare classifier's", "parameters beside it"]
     sizes = sorted({r["n"] for r in rows if "rung" in r})
     note = f"Fashion-MNIST, profile `standard`, eps 8/255, the first {' or '.join(map(str, sizes))} test images; 95 % intervals."
