@@ -165,8 +165,11 @@ def audit(defence: nn.Module, parts: Parts, x: Tensor, y: Tensor, budget: Budget
         say(f"{name}: curves and checks on {len(x_few)} images")
         curves.extend(_curves(defence, ways, budget, x_few, y_few, name=name, batch_size=batch_size, **spent))
         at = {r["system"]: r["value"] for r in curves if r["curve"] == "eps" and r["eps"] == eps}
-        best = ways[min(reversed(at), key=at.get)] if at else None
-        checks = sanity.sanity(defence, x_few, y_few, surrogate=best, steps=budget.steps, ladder=last, **spent)
+        if ways:
+            best = ways[min(reversed(at), key=at.get)]
+            checks = sanity.sanity(defence, x_few, y_few, surrogate=best, steps=budget.steps, ladder=last, **spent)
+        else:  # no gradient to check an attack with
+            checks = [sanity.gradients(defence, x_few, y_few), sanity.outputs(defence, x_few), sanity.black_box(last)]
     except KeyboardInterrupt:
         if last is None:
             raise

@@ -127,6 +127,24 @@ def test_a_random_defence_is_found_out(linear):
     assert not audit.examined(model, evaluation.Parts(), x, y, 3).random
 
 
+class Detached(nn.Module):
+    """A network behind which the graph is cut, as by JPEG on the CPU."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).detach()
+
+
+def test_without_any_gradient_queries_remain(linear):
+    model, x, y = linear
+    found = audit.audit(Detached(model), evaluation.Parts(), x, y, BUDGET, **QUIET)
+    assert [r["threat"] for r in found.climbed.rows] == ["none", "query", "worst case"] and found.curves == []
+    assert [c["check"] for c in found.checks if not c["passed"]] == ["gradients", "white box is strongest"]
+
+
 class Interrupted(nn.Module):
     """Stops at its `at`th pass, as Ctrl-C would."""
 
