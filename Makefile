@@ -9,7 +9,7 @@ BENCH := .venv-bench
 RUN  := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 
-.PHONY: help setup reproduce dry-run resume test lint lab notebooks bench lock clean
+.PHONY: help setup reproduce dry-run resume report test lint lab notebooks bench lock clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -42,6 +42,9 @@ dry-run: setup  ## list the notebooks that `make reproduce` would run, and why
 
 resume: setup  ## go on after a run that was killed
 	$(SERIES) --resume
+
+report: setup  ## the executed notebooks as HTML that opens without network: runs/PROFILE/report/index.html
+	$(RUN) -m advlab report --profile $(PROFILE)
 
 test: lint  ## lint, unit tests, and the notebooks at smoke size under nbval
 	$(RUN) -m pytest -n 2 --dist loadfile tests

@@ -1,4 +1,4 @@
-"""`python -m advlab run [NOTEBOOKS] --profile P --dataset D -p name=value`: run the series."""
+"""`python -m advlab run [NOTEBOOKS] --profile P --dataset D -p name=value` runs the series, `audit package.module:builder` attacks a defence."""
 
 import argparse
 import ast
@@ -37,6 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("-p", dest="given", metavar="NAME=VALUE", action="append", default=[], help="a parameter of notebook 00, such as seed=1")
     commands.add_parser("list", help="the notebooks and their parameters")
     commands.add_parser("readme", help="make the README's tables from the committed results files")
+    audit = commands.add_parser("audit", help="climb the ladder against a defence of yours: report in runs/audit/NAME")
+    audit.add_argument("defence", metavar="package.module:builder", help="a function that returns the network, or a network; see advlab.audit")
+    audit.add_argument("--data", default="skimage10", help="data set whose test images are attacked (default skimage10)")
+    audit.add_argument("--profile", default="quick", choices=("smoke", "quick", "standard", "paper"), help="whose budget is spent")
+    audit.add_argument("--n", type=int, help="test images, by default the profile's")
+    audit.add_argument("--eps", type=float, default=8.0, help="budget, of 255 (linf) or in pixels of [0, 1] (l2); default 8")
+    audit.add_argument("--norm", default="linf", choices=("linf", "l2"))
+    audit.add_argument("--surrogates", nargs="*", default=["target", "adversarial"], help="roles of advlab.zoo to transfer from, trained at need")
+    audit.add_argument("--name", help="of the report's folder, by default the builder's")
+    for part in ("steps", "restarts", "samples", "queries"):
+        audit.add_argument(f"--{part}", type=int, help=f"instead of the profile's {part}")
+    pages = commands.add_parser("report", help="HTML pages of the executed notebooks, readable offline: runs/PROFILE/report/index.html")
+    pages.add_argument("--profile", default="quick")
     options = parser.parse_args(arguments)
 
     from advlab import pipeline, series
@@ -45,6 +58,22 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "list":
             for name in series.names():
                 print(name, *(f"  {key} = {value!r}" for key, value in series.parameters(name).items()), sep="\n")
+            return 0
+        if options.command == "report":
+            from advlab import html
+
+            print(html.export(options.profile))
+            return 0
+        if options.command == "audit":
+            from advlab import audit
+            from advlab.data import DataError
+
+            given = vars(options)
+            try:
+                audit.run(given["defence"], dataset=given["data"], **{k: given[k] for k in ("profile", "n", "eps", "norm", "surrogates", "name")},
+                          spend={part: given[part] for part in ("steps", "restarts", "samples", "queries")})
+            except (audit.AuditError, DataError) as error:
+                raise series.SeriesError(str(error)) from None
             return 0
         if options.command == "readme":
             from advlab import readme
@@ -62,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         pipeline.run(options.notebooks, profile=options.profile, dataset=options.dataset, given=dict(map(assignment, options.given)),
                      jobs=options.jobs, threads=options.threads, on=options.on, force=options.force, resume=options.resume, dry=options.dry_run,
                      refresh=options.refresh, further=further)
-    except series.SeriesError as error:
+    except (series.SeriesError, FileNotFoundError) as error:
         print(f"advlab: {error}", file=sys.stderr)
         return 1
     return 0

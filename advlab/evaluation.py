@@ -182,12 +182,14 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
 
 
 def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *, eps: float, norm: str = "linf", drop: bool = True,
-           system: str = "defence", seed: int = 0, batch_size: int = 256, draws: int = 10, exhibit: str = "ladder") -> Ladder:
+           system: str = "defence", seed: int = 0, batch_size: int = 256, draws: int = 10, exhibit: str = "ladder",
+           watch: Callable[[Ladder], None] | None = None) -> Ladder:
     """Climb the rungs that apply to a defence on the first budget.images of x (B, C, H, W), and keep the worst answer for each image.
 
     drop=True attacks only the images that still stand, and each row's value is the accuracy left after its rung; `tried` and `fell` count its
     own work. drop=False lets every rung face all images, so that a row's value is that attack's own strength, `worst` the accuracy left. A random
-    defence (parts.random) is judged by the majority of `draws` fresh draws, and rows carry the mean accuracy over draws of what is left."""
+    defence (parts.random) is judged by the majority of `draws` fresh draws, and rows carry the mean accuracy over draws of what is left. `watch` is
+    shown the ladder as it stands after each rung."""
     core.check_images(x, y)
     x, y = x[: budget.images], y[: budget.images]
     draws = draws if parts.random else 1
@@ -216,6 +218,8 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
         steps = {"query": budget.queries}.get(threat, budget.steps)
         rows.append(base | {"threat": threat, "attack": name, "steps": steps, "rung": number} | row
                     | {"seconds": round(time.perf_counter() - start, 3)})
+        if watch is not None:
+            watch(Ladder(rows, standing, worst, fell_to))
     final = judge(defence, worst, y, draws=draws, batch_size=batch_size) & clean if parts.random else standing[None]
     rows.append(base | {"threat": "worst case", "attack": "all", "steps": budget.steps, "rung": len(rows)} | score(final)
                 | {"worst": standing.double().mean().item()})

@@ -4,7 +4,7 @@
 import re
 from collections.abc import Callable, Iterable
 
-from advlab import paths, report
+from advlab import ledger, paths, report
 
 
 def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
@@ -104,7 +104,33 @@ def hgd() -> str:
     return "\n\n".join(tables)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"classifiers": classifiers, "hgd": hgd, "speed": speed, "strength": strength}
+def claims() -> str:
+    """The ledger's summary (advlab.ledger), standard."""
+    lines = ledger.entries("standard")
+    left = ledger.exclusions("standard")
+    reasons = "; ".join(f"{reason} ({sum(r == reason for r in left.values())})" for reason in dict.fromkeys(left.values()))
+    note = f"Profile `standard`. Excluded by name: {reasons}." if left else "Profile `standard`; nothing is excluded."
+    return f"{markdown(ledger.SUMMARY, ledger.summary(lines))}\n\n{note}"
+
+
+def compared() -> str:
+    """Every system of the common ground that has run at standard: clean, weakest attack, worst case, cost (advlab.ledger)."""
+    rows, missing = ledger.comparison("standard")
+    rows, lines = ledger.settled(rows), []
+    for system in dict.fromkeys(r["system"] for r in rows):
+        rungs = [r for r in rows if r["system"] == system and "rung" in r]
+        cost = {r["attack"]: r["value"] for r in rows if r["system"] == system and r["threat"] == "cost"}
+        price = [f"{cost[k]:{form}}" if k in cost else "-" for k, form in (("training", ",.0f"), ("inference", ".1f"), ("parameters", ",.0f"))]
+        ends = [f"{share(r)}" + (f" ({r['threat']})" if k == 1 else "") for k, r in enumerate((*rungs[:2], rungs[-1]))] if rungs else ["-"] * 3
+        paper = next((paper for paper, (_, own) in ledger.LAST.items() if own == system != paper), None)
+        lines.append([f"{paper}: {system}" if paper else system, *ends, *price])
+    header = ["system", "clean", "first rung", "worst case", "training, s", "answer, times the bare classifier's", "parameters beside it"]
+    sizes = sorted({r["n"] for r in rows if "rung" in r})
+    note = f"Fashion-MNIST, profile `standard`, eps 8/255, the first {' or '.join(map(str, sizes))} test images; 95 % intervals."
+    return f"{markdown(header, lines)}\n\n{note}" + (f" Not there yet: {', '.join(f'`{name}`' for name in missing)}." if missing else "")
+
+
+BLOCKS: dict[str, Callable[[], str]] = {f.__name__: f for f in (classifiers, claims, compared, hgd, speed, strength)}
 
 
 def filled(text: str) -> str:

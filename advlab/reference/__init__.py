@@ -28,8 +28,14 @@ def _read(name: str) -> list[dict]:
 
 
 def exhibits() -> list[dict]:
-    """The 45 exhibits in the papers' order: id, paper, exhibit (as the paper calls it), what, notebook (the one that holds it)."""
+    """The 45 exhibits in the papers' order: id, paper, exhibit (as the paper calls it), what, notebook (the one that holds it), figure
+    (the slug of its figure there, None where it is a table only)."""
     return _read("exhibits.csv")
+
+
+def exclusions() -> list[dict]:
+    """What a profile may lack: exhibit, profile and the reason. A test wants every gap here, and nothing else."""
+    return _read("exclusions.csv")
 
 
 def table(exhibit: str) -> list[dict]:
