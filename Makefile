@@ -3,17 +3,18 @@ PYTHON  ?= python3
 PROFILE ?= quick
 DATASET ?=
 NOTEBOOK ?=
+JOBS ?=
 VENV := .venv
 BENCH := .venv-bench
 RUN  := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 
-.PHONY: help setup reproduce report test lint lab notebooks bench lock clean
+.PHONY: help setup reproduce dry-run resume report test lint lab notebooks bench lock clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
-	@echo 'variables: PROFILE=smoke|quick|standard|paper  DATASET=fashion_mnist  NOTEBOOK="00 01"  PYTHON=python3.12'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@echo 'variables: PROFILE=smoke|quick|standard|paper  DATASET=fashion_mnist  NOTEBOOK="00 01"  JOBS=2  PYTHON=python3.12'
 
 setup: $(STAMP)  ## create .venv from requirements.lock (with uv where it is installed, else venv and pip)
 
@@ -31,8 +32,16 @@ $(STAMP): requirements.lock pyproject.toml
 	fi
 	@touch $@
 
-reproduce: setup  ## run the notebook series: figures/, data/results/ and executed copies in runs/
-	$(RUN) -m advlab run $(NOTEBOOK) --profile $(PROFILE) $(if $(DATASET),--dataset $(DATASET))
+SERIES = $(RUN) -m advlab run $(NOTEBOOK) --profile $(PROFILE) $(if $(DATASET),--dataset $(DATASET)) $(if $(JOBS),--jobs $(JOBS))
+
+reproduce: setup  ## run the notebooks that are not up to date: figures/, data/results/ and executed copies in runs/
+	$(SERIES)
+
+dry-run: setup  ## list the notebooks that `make reproduce` would run, and why
+	$(SERIES) --dry-run
+
+resume: setup  ## go on after a run that was killed
+	$(SERIES) --resume
 
 report: setup  ## the executed notebooks as HTML that opens without network: runs/PROFILE/report/index.html
 	$(RUN) -m advlab report --profile $(PROFILE)

@@ -2,18 +2,39 @@
 
 import argparse
 import ast
+import json
 import sys
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, further = arguments[:cut], arguments[cut + 1:]
     parser = argparse.ArgumentParser(prog="python -m advlab", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="execute notebooks with papermill")
+    run = commands.add_parser("run", help="run the notebooks that are stale, with Snakemake and papermill; options after -- go to Snakemake")
     run.add_argument("notebooks", nargs="*", help="numbers (01), names or files; all of them when none is named")
     run.add_argument("--profile", default="quick", help="smoke, quick (default), standard or paper")
     run.add_argument("--dataset", help="a data set instead of the profile's own")
     run.add_argument("-p", dest="given", metavar="NAME=VALUE", action="append", default=[], help="a parameter; VALUE is a literal or a string")
     run.add_argument("--refresh", action="store_true", help="put the outputs into the committed notebooks")
+    run.add_argument("-j", "--jobs", type=int, default=0, help="notebooks at a time (default: as many as fit the cores)")
+    run.add_argument("--threads", type=int, default=1, help="threads of each notebook (default 1); results depend on it in the last digits")
+    run.add_argument("-n", "--dry-run", action="store_true", help="list what is stale, and why")
+    run.add_argument("--force", action="store_true", help="run the notebooks even if they are up to date")
+    run.add_argument("--resume", action="store_true", help="after a run was killed: take its lock away, then run what it left")
+    run.add_argument("--on", default="local", metavar="WHERE", help="local (default), slurm, cloud, or a folder with Snakemake's options")
+    one = commands.add_parser("step", help="execute one notebook (what a rule of the Snakefile calls)")
+    one.add_argument("name")
+    one.add_argument("--profile", required=True)
+    one.add_argument("--values", type=json.loads, required=True, help="JSON")
+    one.add_argument("--stamp", type=Path, help="where the stamp goes besides runs/")
+    train = commands.add_parser("train", help="train classifiers of the series into the cache; under torchrun, on several GPUs at once")
+    train.add_argument("roles", nargs="*", default=["target", "adversarial"], help="roles of advlab.zoo; target and adversarial by default")
+    train.add_argument("--profile", default="quick")
+    train.add_argument("--dataset", help="a data set instead of the profile's own")
+    train.add_argument("-p", dest="given", metavar="NAME=VALUE", action="append", default=[], help="a parameter of notebook 00, such as seed=1")
     commands.add_parser("list", help="the notebooks and their parameters")
     commands.add_parser("readme", help="make the README's tables from the committed results files")
     audit = commands.add_parser("audit", help="climb the ladder against a defence of yours: report in runs/audit/NAME")
@@ -31,9 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     pages.add_argument("--profile", default="quick")
     options = parser.parse_args(arguments)
 
-    from advlab import series
-    from advlab.audit import AuditError
-    from advlab.data import DataError
+    from advlab import pipeline, series
 
     try:
         if options.command == "list":
@@ -47,19 +66,32 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "audit":
             from advlab import audit
+            from advlab.data import DataError
 
             given = vars(options)
-            audit.run(given["defence"], dataset=given["data"], **{k: given[k] for k in ("profile", "n", "eps", "norm", "surrogates", "name")},
-                      spend={part: given[part] for part in ("steps", "restarts", "samples", "queries")})
+            try:
+                audit.run(given["defence"], dataset=given["data"], **{k: given[k] for k in ("profile", "n", "eps", "norm", "surrogates", "name")},
+                          spend={part: given[part] for part in ("steps", "restarts", "samples", "queries")})
+            except (audit.AuditError, DataError) as error:
+                raise series.SeriesError(str(error)) from None
             return 0
         if options.command == "readme":
             from advlab import readme
 
             readme.refresh()
             return 0
-        series.run(options.notebooks, profile=options.profile, dataset=options.dataset, given=dict(map(assignment, options.given)),
-                   refresh=options.refresh)
-    except (series.SeriesError, DataError, AuditError, FileNotFoundError) as error:
+        if options.command == "train":
+            from advlab import zoo
+
+            zoo.prepare(options.roles, options.profile, options.dataset, dict(map(assignment, options.given)))
+            return 0
+        if options.command == "step":
+            pipeline.step(options.name, options.profile, options.values, options.stamp)
+            return 0
+        pipeline.run(options.notebooks, profile=options.profile, dataset=options.dataset, given=dict(map(assignment, options.given)),
+                     jobs=options.jobs, threads=options.threads, on=options.on, force=options.force, resume=options.resume, dry=options.dry_run,
+                     refresh=options.refresh, further=further)
+    except (series.SeriesError, FileNotFoundError) as error:
         print(f"advlab: {error}", file=sys.stderr)
         return 1
     return 0

@@ -60,15 +60,8 @@ class Dataset:
         return mean.tolist(), ((weights * levels**2).sum(1) - mean**2).clamp(min=0).sqrt().tolist()
 
 
-def load(
-    name: str | os.PathLike,
-    split: str = "train",
-    *,
-    size: int | None = None,
-    limit: int | None = None,
-    root: str | os.PathLike | None = None,
-    download: bool = True,
-) -> Dataset:
+def load(name: str | os.PathLike, split: str = "train", *, size: int | None = None, limit: int | None = None,
+         root: str | os.PathLike | None = None, download: bool = True) -> Dataset:
     """One split, "train" or "test", of a data set.
 
     `name` is `skimage10` (made on the spot; `size` 32, the default, or 64), a public set (`mnist`, `fashion_mnist`, `cifar10`, `svhn`,
@@ -95,17 +88,9 @@ def load(
     return Dataset(Path(name).stem, split, x, y, classes, _digest(x, y))
 
 
-def batches(
-    x: Tensor | LazyImages,
-    y: Tensor,
-    batch_size: int,
-    *,
-    shuffle: bool = False,
-    generator: Generator | None = None,
-    augment: Callable[..., Tensor] | None = None,
-    device: torch.device | str | None = None,
-    drop_last: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(x: Tensor | LazyImages, y: Tensor, batch_size: int, *, shuffle: bool = False, generator: Generator | None = None,
+            augment: Callable[..., Tensor] | None = None, device: torch.device | str | None = None,
+            drop_last: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """One epoch: pairs of images (B,C,H,W), floats in [0,1], and labels (B,), on `device` (default: where x is). Images are sliced and moved as
     they are, uint8 as a rule; `augment(images, generator=generator)`, such as `partial(random_crop, pad=4)`, works on the moved batch. `generator`
     determines the epoch; without it, a fresh one is seeded by the operating system, and the global one is left alone. `drop_last` leaves out a

@@ -173,12 +173,10 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
         else:
             steps += [("autoattack", "apgd-t", partial(apgd_targets, **common), defence),
                       ("autoattack", "fmn", partial(fmn_targets, eps=eps, norm=norm, steps=common["steps"]), defence)]
-    for i, surrogate in enumerate(parts.surrogates):
-        steps.append(("transfer", f"mim-di from {i + 1}",
-                      partial(transfer, surrogates=[surrogate], eps=eps, steps=budget.steps, generator=generator), None))
-    if len(parts.surrogates) > 1:
-        steps.append(("transfer", "mim-di from all",
-                      partial(transfer, surrogates=list(parts.surrogates), eps=eps, steps=budget.steps, generator=generator), None))
+    sources = {str(i): [surrogate] for i, surrogate in enumerate(parts.surrogates, 1)}
+    sources |= {"all": list(parts.surrogates)} if len(sources) > 1 else {}
+    steps += [("transfer", f"mim-di from {name}", partial(transfer, surrogates=some, eps=eps, steps=budget.steps, generator=generator), None)
+              for name, some in sources.items()]
     steps.append(("query", "square", partial(square, eps=eps, norm=norm, queries=budget.queries, generator=generator), averaged(defence)))
     return steps
 

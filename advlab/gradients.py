@@ -35,10 +35,10 @@ def own_scale(maps: Tensor) -> Tensor:
 # --- error amplification (HGD, section 3.2) -----------------------------------------------------------------------------------------------
 
 
-def error_amplification(classifier: nn.Module, x: Tensor, x_p: Tensor) -> dict[str, Tensor]:
-    """E_l = |f_l(x_p) - f_l(x)|_1 / |f_l(x)|_1 for each image, (B,), at the image itself ("pixels") and at every layer of models.layer_names, after
-    its activation, for clean images x (B, C, H, W) and perturbed ones x_p (HGD, equation 2 and Fig. 5)."""
-    names = layer_names(classifier)
+def error_amplification(classifier: nn.Module, x: Tensor, x_p: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """E_l = |f_l(x_p) - f_l(x)|_1 / |f_l(x)|_1 for each image, (B,), at the image itself ("pixels") and at every layer of models.layer_names (or at
+    the submodules named), after its activation, for clean images x (B, C, H, W) and perturbed ones x_p (HGD, equation 2 and Fig. 5)."""
+    names = layer_names(classifier) if names is None else names
     with torch.no_grad():
         clean, changed = ({"pixels": v} | features(classifier, v, names) for v in (x, x_p))
     return {name: (changed[name] - z).flatten(1).abs().sum(1) / z.flatten(1).abs().sum(1).clamp_min(1e-12) for name, z in clean.items()}
@@ -130,8 +130,7 @@ def log_odds_gradient(model: Model, x: Tensor, *, create_graph: bool = False) ->
     with core.attacking(model):
         x = x if grow else x.detach().requires_grad_()
         logits = model(x)
-        top = logits.argmax(1)
-        r = core.others(logits, top).logsumexp(1) - logits.gather(1, top[:, None]).squeeze(1)
+        r = core.log_odds(logits, logits.argmax(1))
         (grad,) = torch.autograd.grad(r.sum(), x, create_graph=grow)
     return (logits, r, grad) if grow else (logits.detach(), r.detach(), grad)
 

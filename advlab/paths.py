@@ -26,6 +26,11 @@ def checkpoints() -> Path:
     return home() / "data" / "checkpoints"
 
 
+def published() -> Path:
+    """Trained networks that are part of the checkout, in the same form as checkpoints."""
+    return SOURCE / "data" / "weights"
+
+
 def results(profile: str, dataset: str) -> Path:
     return home() / "data" / "results" / profile / dataset
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from advlab.attacks import core
 from advlab.attacks.core import Model
+from advlab.attacks.ensemble import predict
 from advlab.attacks.gradient import pgd
 from advlab.evaluation import BLACK, Ladder, accuracy, robustness
 
@@ -35,8 +36,8 @@ def sanity(defence: Model, x: Tensor, y: Tensor, *, eps: float, surrogate: Model
 
     wide = 0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5
     clean, at_eps = accuracy(defence, x, y, draws=draws), attacked(eps)
-    chance = 1 / core_classes(defence, x)
-    rows = [zero_eps(defence, x, y, eps, norm, surrogate, draws, clean), floor(attacked(wide), chance, wide)]
+    chance = 1 / predict(defence, x[:1]).shape[1]
+    rows = [zero_eps(defence, x, y, norm, surrogate, draws, clean), floor(attacked(wide), chance, wide)]
     rows.append(falling("eps", [(0, clean), (eps / 2, attacked(eps / 2)), (eps, at_eps), (2 * eps, attacked(2 * eps))]))
     few = max(1, steps // 4)
     rows.append(falling("steps", [(few, attacked(eps, n=few)), (steps, at_eps), (2 * steps, attacked(eps, n=2 * steps))]))
@@ -46,12 +47,7 @@ def sanity(defence: Model, x: Tensor, y: Tensor, *, eps: float, surrogate: Model
     return rows + ([black_box(ladder)] if ladder is not None else [])
 
 
-def core_classes(defence: Model, x: Tensor) -> int:
-    with torch.no_grad():
-        return defence(x[:1]).shape[1]
-
-
-def zero_eps(defence, x, y, eps, norm, surrogate, draws, clean) -> dict:
+def zero_eps(defence, x, y, norm, surrogate, draws, clean) -> dict:
     """An attack with eps = 0 changes no pixel, so accuracy must be the clean one."""
     with_zero = robustness(defence, partial(pgd, eps=0.0, norm=norm, steps=1), x, y, surrogate=surrogate, draws=draws)
     same = with_zero["correct"] == clean["correct"] if draws == 1 else with_zero["high"] >= clean["low"]

@@ -1,4 +1,4 @@
-"""The notebook series: which notebooks there are, what their parameters are, and running them with papermill.
+"""The notebook series: which notebooks there are, what their parameters are, and what a run would change in them (`advlab.pipeline` runs them).
 
 A notebook's cell tagged `parameters` holds the quick values as literals. `notebooks/params/<profile>.yaml` overrides them, in a section `common:`
 for every notebook and in one named after each notebook, and then in one for a notebook on one data set, `NN_slug@dataset:`; -p name=value comes
@@ -7,8 +7,9 @@ type, is an error before anything runs (papermill itself only warns)."""
 
 import ast
 import difflib
+import functools
+import json
 import os
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,16 +43,28 @@ def pick(wanted: Sequence[str] = ()) -> list[str]:
     return sorted(chosen)
 
 
+def code_cells(name: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Each code cell of a notebook as its source and its tags."""
+    file = paths.notebooks() / f"{name}.ipynb"
+    return _code_cells(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _code_cells(file: Path, _changed: int):
+    try:
+        cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+        return tuple(("".join(c["source"]), tuple(c["metadata"].get("tags", ()))) for c in cells if c["cell_type"] == "code")
+    except (ValueError, KeyError, TypeError) as error:
+        raise SeriesError(f"{file} is no notebook of format 4: {error!r}") from None
+
+
 def parameters(name: str) -> dict[str, Any]:
     """The parameters of a notebook and their quick values, read from the literals of its tagged cell."""
-    import nbformat
-
-    cells = nbformat.read(paths.notebooks() / f"{name}.ipynb", as_version=4).cells
-    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    tagged = [source for source, tags in code_cells(name) if "parameters" in tags]
     if len(tagged) != 1:
         raise SeriesError(f"notebook {name} has {len(tagged)} cells tagged 'parameters'; it needs exactly one")
     values = {}
-    for statement in ast.parse(tagged[0].source).body:
+    for statement in ast.parse(tagged[0]).body:
         if not isinstance(statement, ast.Assign) or len(statement.targets) != 1 or not isinstance(statement.targets[0], ast.Name):
             raise SeriesError(f"the parameters cell of {name} may only assign literals to names, found: {ast.unparse(statement)}")
         try:
@@ -111,55 +124,11 @@ def plan(wanted: Sequence[str], profile: str, dataset: str | None, given: Mappin
         own = checked(name, {k: v for k, v in asked.items() if k in known}, "the command line")
         values = overrides(name, profile, asked.get("dataset")) | own
         steps.append((name, {k: v for k, v in values.items() if known[k] != v}))
-    from advlab import data
+    for kind in {values.get("dataset", parameters(name).get("dataset")) for name, values in steps} - {None, "skimage10"}:
+        from advlab import data  # imports torch, which takes seconds: not for the embedded set
 
-    for kind in {values.get("dataset", parameters(name).get("dataset")) for name, values in steps} - {None}:
-        data.find(kind)
-    return steps
-
-
-def run(wanted: Sequence[str] = (), *, profile: str = "quick", dataset: str | None = None, given: Mapping[str, Any] | None = None,
-        refresh: bool = False, progress: bool = True) -> list[Path]:
-    """Execute notebooks with papermill and return the executed copies, runs/<profile>/<dataset>/NN_slug.ipynb.
-
-    The copy is saved after every cell, so that a failure leaves it; a SeriesError then names notebook and cell. refresh=True puts the outputs
-    into the notebooks themselves (for the committed ones)."""
-    import papermill
-    from tqdm import tqdm
-
-    steps, done = plan(wanted, profile, dataset, given or {}), []
-    bar = tqdm(steps, disable=not progress, unit="notebook")
-    for name, values in bar:
-        bar.set_description(name)
-        known = parameters(name)
-        out = paths.runs(profile, values.get("dataset", known.get("dataset", "none"))) / f"{name}.ipynb"
-        out.parent.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
         try:
-            papermill.execute_notebook(paths.notebooks() / f"{name}.ipynb", out, parameters=values, cwd=paths.notebooks(), kernel_name="python3",
-                                       progress_bar=False, request_save_on_cell_execute=True)
-        except papermill.exceptions.PapermillExecutionError as error:
-            first = next((line for line in error.source.splitlines() if line.strip()), "")
-            raise SeriesError(f"notebook {name} failed in cell {error.cell_index} ({first.strip()}): {error.ename}: {error.evalue}; "
-                              f"the copy up to there is {out}") from None
-        done.append(out)
-        tqdm.write(f"{name}: {time.perf_counter() - start:.0f} s -> {out}")
-        if refresh:
-            _refresh(out, paths.notebooks() / f"{name}.ipynb")
-    return done
-
-
-def _refresh(executed: Path, notebook: Path) -> None:
-    """Put an executed copy in the notebook's place, without papermill's paths and times."""
-    import nbformat
-
-    document = nbformat.read(executed, as_version=4)
-    document.metadata.pop("papermill", None)
-    for cell in document.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-        if cell.metadata.get("tags") == []:
-            del cell.metadata["tags"]
-    fresh = notebook.with_suffix(".tmp")
-    nbformat.write(document, fresh)
-    os.replace(fresh, notebook)
+            data.find(kind)
+        except data.DataError as error:
+            raise SeriesError(str(error)) from None
+    return steps

@@ -5,7 +5,10 @@ epoch. Options are set by `functools.partial(pgd_at, eps=8/255)`. Steps craft th
 that the finished model will use (Wong et al.'s code does it in train mode), and differentiate the loss in the modes that `fit` has set.
 
 Everything random is drawn from generators, the global ones included, that are seeded anew from (seed, epoch, step). So no generator state is
-saved, a run that was killed resumes to the same weights bit for bit (on the CPU, at one thread count), and the caller's global state is untouched."""
+saved, a run that was killed resumes to the same weights bit for bit (on the CPU, at one thread count), and the caller's global state is untouched.
+
+Under torchrun the processes share every batch (advlab.parallel says how); the first alone evaluates, writes files and shows the bar. Their number is
+noted as that of threads is, and no part of a configuration: one process finds the checkpoint of several, and a killed run may resume with fewer."""
 
 import copy
 import inspect
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advlab import paths
+from advlab import parallel, paths
 from advlab.attacks import core
 from advlab.attacks.gradient import ffgsm, pgd
 from advlab.checkpoints import describe, digest, fingerprint, load_weights, seal, to_bytes, trusted, unseal, write
@@ -76,7 +79,7 @@ def pgd_at(model, x, y, generator, *, eps: float, steps: int = 10, step_size: fl
     """PGD adversarial training (Madry et al., arXiv 1706.06083): cross-entropy on PGD's images only."""
     with evaluating(model):
         x_adv = pgd(model, x, y, eps=eps, steps=steps, step_size=step_size, norm=norm, loss=_cross_entropy, generator=generator)
-    return _adversarial(model, x_adv, y)
+    return on_adversarial(model, x_adv, y)
 
 
 def fast_fgsm(model, x, y, generator, *, eps: float, step_size: float | None = None):
@@ -86,7 +89,7 @@ def fast_fgsm(model, x, y, generator, *, eps: float, step_size: float | None = N
     evaluate=partial(pgd_accuracy, x=..., y=..., eps=eps) on a batch held out of the training data, and guard="pgd_accuracy"."""
     with evaluating(model):
         x_adv = ffgsm(model, x, y, eps=eps, step_size=step_size, loss=_cross_entropy, generator=generator)
-    return _adversarial(model, x_adv, y)
+    return on_adversarial(model, x_adv, y)
 
 
 def trades(model, x, y, generator, *, eps: float, beta: float = 6.0, steps: int = 10, step_size: float | None = None, norm: str = "linf"):
@@ -111,7 +114,8 @@ def pgd_accuracy(model: nn.Module, *, x: Tensor, y: Tensor, eps: float, steps: i
         return {"pgd_accuracy": _accuracy(model(pgd(model, x, y, eps=eps, steps=steps)), y).item()}
 
 
-def _adversarial(model, x_adv, y):
+def on_adversarial(model, x_adv, y):
+    """What steps of adversarial training return: cross-entropy on images already attacked."""
     logits = model(x_adv).float()
     return F.cross_entropy(logits, y), {"robust_accuracy": _accuracy(logits, y)}
 
@@ -152,7 +156,9 @@ def fit(model: nn.Module, step: Step, data, *, epochs: int, batch_size: int = 12
     data, FloatingPointError for a loss that is not finite, OSError when saving fails; in each case, as after Ctrl-C, the last checkpoint stays."""
     settings = {k: v for k, v in locals().items() if k not in RUNTIME}
     core.check_steps(epochs=epochs, batch_size=batch_size)
+    rank, number = parallel.processes()
     where, layout = _place(model, device, channels_last)
+    parallel.alike(model)
     begin, n_steps = _source(data, batch_size, augment, where)
     amp = where.type == "cuda" if amp is None else amp
     checkpoint, key = checkpoint and Path(checkpoint), None
@@ -165,7 +171,7 @@ def fit(model: nn.Module, step: Step, data, *, epochs: int, batch_size: int = 12
     with _own_rng(where), _training(model, train_modules) as parameters:
         opt, scheduler = _optimizer(parameters, optimizer, lr, weight_decay, schedule, milestones, epochs * n_steps)
         parts = {"model": model, "optimizer": opt, "scheduler": scheduler}
-        if checkpoint and (saved := trusted(partial(unseal, checkpoint, key), checkpoint)):
+        if saved := parallel.first(trusted(partial(unseal, checkpoint, key), checkpoint) if checkpoint and not rank else None):
             run = saved["run"]
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
@@ -173,29 +179,33 @@ def fit(model: nn.Module, step: Step, data, *, epochs: int, batch_size: int = 12
 
         def save(every: float = 0.0) -> None:
             nonlocal saved_at
-            if checkpoint and time.monotonic() - saved_at >= every:
+            if checkpoint and not rank and time.monotonic() - saved_at >= every:
                 _check_finite(run)
                 write(checkpoint, seal({"key": key, "run": run} | {name: part.state_dict() for name, part in parts.items()}))
                 saved_at = time.monotonic()
 
-        bar = tqdm(total=epochs * n_steps, initial=run["epoch"] * n_steps + run["step"], unit="step", disable=not progress)
+        bar = tqdm(total=epochs * n_steps, initial=run["epoch"] * n_steps + run["step"], unit="step", disable=rank > 0 or not progress)
         try:
             while run["epoch"] < epochs and not run["stopped"]:
                 start = time.perf_counter() - run["seconds"]
                 for i, (x, y) in enumerate(begin(_reseed(torch.device("cpu"), seed, run["epoch"], "data"))):
                     if i < run["step"]:
                         continue  # a resumed epoch: drawn and dropped, so that the rest is drawn as before
-                    x, y = x.to(where, memory_format=layout if x.ndim == 4 else torch.preserve_format), y.to(where)
-                    generator = _reseed(where, seed, run["epoch"], i)
+                    n, (own, share) = len(y), parallel.part(len(y))
+                    x, y = x[own].to(where, memory_format=layout if x.ndim == 4 else torch.preserve_format), y[own].to(where)
+                    generator = _reseed(where, seed, run["epoch"], i, *[rank] * (rank > 0))
                     # no cache: in some releases weights cast under no_grad serve the training pass too, and get no gradient (pytorch issue 112583)
                     with torch.autocast(where.type, torch.bfloat16, enabled=amp, cache_enabled=False):
                         loss, metrics = step(model, x, y, generator)
                     opt.zero_grad()
                     loss.backward()
+                    values = {"loss": loss, **metrics}
+                    if number > 1:
+                        values = parallel.average(model, parameters, values, share)
                     opt.step()
                     run["lr"] = scheduler.get_last_lr()[0]
                     scheduler.step()
-                    _add(run["totals"], len(y), {"images": 1, "loss": loss, **metrics}, where)
+                    _add(run["totals"], n, {"images": 1, **values}, where)
                     run["step"], run["seconds"] = i + 1, time.perf_counter() - start
                     if where.type == "cpu" or i % 20 == 19:  # reading a number waits for the GPU
                         bar.set_postfix(epoch=run["epoch"] + 1, loss=f"{_check_finite(run):.4f}", refresh=False)
@@ -205,7 +215,7 @@ def fit(model: nn.Module, step: Step, data, *, epochs: int, batch_size: int = 12
                 run["seconds"] = time.perf_counter() - start
                 _reseed(where, seed, run["epoch"], "evaluate")
                 with evaluating(model), torch.no_grad():
-                    measured = evaluate(model) if evaluate else {}
+                    measured = parallel.first({k: float(v) for k, v in evaluate(model).items()} if evaluate and not rank else {})
                 _close_epoch(run, model, measured, guard)
                 save()
         except KeyboardInterrupt:
@@ -327,7 +337,7 @@ def _check_finite(run: dict) -> float:
 def _close_epoch(run: dict, model: nn.Module, measured: dict, guard: str | None) -> None:
     totals = {name: float(total) for name, total in run["totals"].items()}
     n, seconds = totals.pop("images"), run["seconds"]
-    row = {"epoch": run["epoch"] + 1} | {k: v / n for k, v in totals.items()} | {k: float(v) for k, v in measured.items()}
+    row = {"epoch": run["epoch"] + 1} | {k: v / n for k, v in totals.items()} | measured
     row |= {"lr": run["lr"], "seconds": seconds, "images_per_second": n / seconds}
     run["history"].append(row)
     run |= {"epoch": run["epoch"] + 1, "step": 0, "seconds": 0.0, "totals": {}}
@@ -356,30 +366,38 @@ def load_or_fit(name: str, model: nn.Module | Callable[[], nn.Module], step: Ste
     model: a function that builds it, as partial(small_cnn, width=16), called with the weights drawn from `seed`; or a network, which is copied and
     whose present weights are then part of the configuration. The configuration is worked out from the arguments, defaults included, by
     `checkpoints.describe`. Its hash names <name>-<hash>.pt, a state dict, and beside it a .json with the digest, configuration and history; during
-    training, a .partial from which a killed run resumes. A file that is damaged or not of this configuration is reported by a warning, moved aside
-    to *.bad and trained anew. Returns the model and a dict: name, path, config, sha256, history, seconds, device, threads, versions, cached."""
+    training, a .partial from which a killed run resumes. Published weights, in data/weights, come before one's own. A file that is damaged or not of
+    this configuration is reported by a warning, moved aside to *.bad and trained anew. Returns the model and a dict: name, path, config, sha256,
+    history, seconds, device, threads, processes, versions, cached."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"name must be made of letters, digits, '_', '.' and '-', as it becomes a file's; got {name!r}")
     bound = inspect.signature(fit).bind(model, step, data, **settings)
     bound.apply_defaults()
     given = bound.arguments
     config = {"code": CODE, "model": describe(model), **describe({k: v for k, v in given.items() if k not in RUNTIME})}
-    stem = Path(folder or paths.checkpoints()) / f"{name}-{fingerprint(config)[:12]}"
-    weights, notes, unfinished = (Path(f"{stem}.{suffix}") for suffix in ("pt", "json", "partial"))
+    stem, home = f"{name}-{fingerprint(config)[:12]}", Path(folder or paths.checkpoints())
+    unfinished = home / f"{stem}.partial"
     if isinstance(model, nn.Module):
         model = copy.deepcopy(model)
     else:
         with seeded(given["seed"]):
             model = model()
+    rank, number = parallel.processes()
     where, _ = _place(model, given["device"], given["channels_last"])
-    if info := trusted(partial(load_weights, model, weights, notes, config), weights, notes):
-        unfinished.unlink(missing_ok=True)
-        return model.eval(), info | {"path": str(weights), "cached": True}
+    for place in (paths.published(), home):  # the last of them is where new weights go
+        weights, notes = place / f"{stem}.pt", place / f"{stem}.json"
+        if info := parallel.first(None if rank else trusted(partial(load_weights, model, weights, notes, config), weights, notes)):
+            parallel.alike(model)
+            if not rank:
+                unfinished.unlink(missing_ok=True)
+            return model.eval(), info | {"path": str(weights), "cached": True}
     history = fit(model, step, data, checkpoint=unfinished, **settings)
     raw = to_bytes({k: v.cpu() for k, v in model.state_dict().items()})
     info = {"name": name, "config": config, "sha256": digest(raw), "history": history, "seconds": sum(row["seconds"] for row in history),
-            "device": str(where), "threads": torch.get_num_threads(), "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    write(notes, json.dumps(info, indent=1).encode())
-    write(weights, raw)  # last: without it the notes count for nothing
-    unfinished.unlink(missing_ok=True)
-    return model, info | {"path": str(weights), "cached": False}
+            "device": str(where), "threads": torch.get_num_threads(), "processes": number,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    if not rank:
+        write(notes, json.dumps(info, indent=1).encode())
+        write(weights, raw)  # last: without it the notes count for nothing
+        unfinished.unlink(missing_ok=True)
+    return model, parallel.first(info) | {"path": str(weights), "cached": False}

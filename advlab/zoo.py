@@ -4,12 +4,13 @@ A recipe belongs to a profile and a role: `target` is the classifier that every 
 adversarially, the yardstick of every claim; `partner` and `second_partner` are other networks (HGD's ensemble, S2S's second classifier),
 `holdout` one that no defence ever sees. Networks and budgets are those of the README's table of profiles."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
-from advlab import training
-from advlab.data import Dataset, random_crop, random_flip
+from advlab import parallel, series, training
+from advlab.data import Dataset, load, random_crop, random_flip
 from advlab.models import classifier
 
 # architecture, its width, and what training.load_or_fit takes; `method` names a step of advlab.training
@@ -73,6 +74,20 @@ def shared(role: str, data: Dataset, profile: str, *, eps: float = 8 / 255, seed
             train = data
         settings |= {"evaluate": partial(training.pgd_accuracy, x=spare[0], y=spare[1], eps=eps), "guard": "pgd_accuracy"}
     return training.load_or_fit(f"{profile}-{data.name}-{role}-{seed}", build, step, train, **recipe, **settings)
+
+
+def prepare(roles: Sequence[str], profile: str, dataset: str | None = None, given: Mapping | None = None) -> None:
+    """Train the classifiers of these roles, each with the data and parameters of notebook 00 in a profile, and print where they lie in the cache."""
+    if unknown := [role for role in roles if role not in RECIPES["quick"]]:
+        raise series.SeriesError(f"unknown role {unknown[0]!r}; choose from {', '.join(RECIPES['quick'])}")
+    ((name, changes),) = series.plan(["00"], profile, dataset, given or {})
+    values = series.parameters(name) | changes
+    train = load(values["dataset"], limit=values["limit"] or None)
+    for role in roles:
+        _, record = shared(role, train, profile, eps=values["eps"] / 255, seed=values["seed"])
+        if not parallel.processes()[0]:
+            print(role, record["path"])
+    parallel.leave()
 
 
 def augmentation(data: Dataset):

@@ -20,3 +20,11 @@ def batch(net):
     x = torch.rand(9, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     x[0] = (x[0] > 0.5).float()  # corners of the box
     return x, net(x).argmax(1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests have measured and not asserted, under xdist too."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == "note" and report.when == "call":
+                terminalreporter.write_line(f"{report.nodeid.split('::')[-1]}: {value}")

@@ -82,3 +82,12 @@ def assert_pure(model: nn.Module, x: Tensor, y: Tensor, attack: Callable) -> Ten
     assert [m.training for m in model.modules()] == modes and [p.requires_grad for p in model.parameters()] == wanted
     assert all(p.grad is None for p in model.parameters())
     return x_adv
+
+
+def notebook(folder, name, *code, parameters='profile = "quick"\ndataset = "skimage10"\nn = 4\nrate = 0.5\nflag = True\nnames = ["a"]'):
+    """Write a notebook with a parameters cell and cells of code into a folder."""
+    from nbformat import v4, write
+
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    cells = [v4.new_markdown_cell("# made"), v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(v4.new_code_cell, code)]
+    write(v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")

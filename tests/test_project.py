@@ -11,7 +11,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
-CONDA_NAMES = {"pytorch": "torch"}
+CONDA_NAMES = {"pytorch": "torch", "snakemake-minimal": "snakemake"}
 
 
 def bare(requirement: str) -> str:
@@ -34,7 +34,7 @@ def test_conda_environment_names_packages_that_pyproject_declares():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     names = {CONDA_NAMES.get(bare(d), bare(d)) for d in environment["dependencies"] if isinstance(d, str)} - {"python", "pip"}
     assert names <= declared()
-    assert {"torch", "torchvision", "jupyterlab", "ipywidgets", "matplotlib", "seaborn", "scikit-image", "papermill", "nbval"} <= names
+    assert {"torch", "torchvision", "jupyterlab", "ipywidgets", "matplotlib", "seaborn", "scikit-image", "papermill", "snakemake", "nbval"} <= names
     python = next(d for d in environment["dependencies"] if isinstance(d, str) and d.startswith("python"))
     assert python.removeprefix("python") == PROJECT["requires-python"]
     assert {"pip": ["-e .[test]"]} in environment["dependencies"]

@@ -33,10 +33,12 @@ def test_markdown_table_by_hand():
 def test_the_readmes_code_runs(monkeypatch, tmp_path):
     """With small sizes in place of its own, so that nothing long is trained."""
     monkeypatch.setenv("ADVLAB_HOME", str(tmp_path))
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, re.S))
     changes = {'"quick")  #': '"smoke", progress=False)  #', "slice(64)": "slice(8)", "y[:64]": "y[:8]", 'BUDGETS["quick"]': 'BUDGETS["smoke"]',
                "steps=100, restarts=5": "steps=3, restarts=2", 'data.load("skimage10")': 'data.load("skimage10", limit=256)'}
     for here, small in changes.items():
         assert here in code, here
         code = code.replace(here, small)
-    exec(compile(code, "README.md", "exec"), {})
+    names = {}
+    exec(compile(code + "\nexplorer = widgets.AttackExplorer(model, x, y)", "README.md", "exec"), names)
+    assert names["explorer"].wait(60) and names["explorer"].error is None

@@ -1,20 +1,11 @@
-"""The runner: names and types checked before anything runs, failures that say where, and the committed notebooks' own rules."""
-
-import json
+"""Names and types checked before anything runs, and the committed notebooks' own rules."""
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from helpers import notebook
 
 from advlab import paths, series
 from advlab.__main__ import main
-
-KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-
-
-def write(folder, name, *code, parameters='profile = "quick"\ndataset = "skimage10"\nn = 4\nrate = 0.5\nflag = True\nnames = ["a"]'):
-    cells = [new_markdown_cell("# made"), new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(new_code_cell, code)]
-    nbformat.write(new_notebook(cells=cells, metadata=KERNEL), folder / f"{name}.ipynb")
 
 
 @pytest.fixture
@@ -25,8 +16,8 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "notebooks", lambda: notebooks)
     monkeypatch.setenv("ADVLAB_HOME", str(tmp_path))
     monkeypatch.delenv("ADVLAB_PROFILE", raising=False)
-    write(notebooks, "00_first", 'print("n is", n)')
-    write(notebooks, "01_second", 'print("fine")', "x = 1 / (n - n)", 'print("never")')
+    notebook(notebooks, "00_first", 'print("n is", n)')
+    notebook(notebooks, "01_second", 'print("fine")', "x = 1 / (n - n)", 'print("never")')
     (notebooks / "params" / "quick.yaml").write_text("")
     (notebooks / "params" / "smoke.yaml").write_text("common: {n: 2}\n01_second: {n: 3, rate: 1}\n")
     return notebooks
@@ -68,7 +59,9 @@ def test_a_notebook_is_picked_by_number_name_or_file(folder, wanted):
     (["run", "-p", "rte=1.0"], "no parameter 'rte' (from the command line); did you mean 'rate'?"),
     (["run", "-p", "n=many"], "parameter 'n' of 00_first takes a int, got 'many'"),
     (["run", "-p", "flag=1"], "parameter 'flag' of 00_first takes a bool, got 1"),
-    (["run", "-p", "n"], "-p takes name=value, got 'n'")])
+    (["run", "-p", "n"], "-p takes name=value, got 'n'"),
+    (["run", "--on", "mars"], "no config.yaml in"),
+    (["run", "-j", "-1"], "at least one job and one thread, got -1 and 1")])
 def test_unknown_names_stop_everything_before_it_runs(folder, capsys, arguments, words):
     before = sorted(p for p in folder.parent.rglob("*"))
     assert main(arguments) == 1
@@ -87,23 +80,9 @@ def test_a_wrong_profile_file_is_refused(folder, yaml, words):
 
 @pytest.mark.parametrize(("cell", "words"), [("n = len('abc')", "is no literal"), ("import os", "may only assign literals")])
 def test_a_parameters_cell_with_code_is_refused(folder, cell, words):
-    write(folder, "02_third", parameters=cell)
+    notebook(folder, "02_third", parameters=cell)
     with pytest.raises(series.SeriesError, match=words):
         series.parameters("02_third")
-
-
-@pytest.mark.slow
-def test_a_run_writes_executed_copies_and_a_failure_says_where_and_keeps_the_partial_copy(folder, capsys):
-    assert main(["run", "00", "-p", "n=9", "--refresh"]) == 0
-    for place in (paths.runs("quick", "skimage10") / "00_first.ipynb", folder / "00_first.ipynb"):
-        assert "n is 9" in place.read_text()
-    assert "papermill" not in json.loads((folder / "00_first.ipynb").read_text())["metadata"]
-    assert main(["run", "01"]) == 1
-    message = capsys.readouterr().err
-    partial = paths.runs("quick", "skimage10") / "01_second.ipynb"
-    assert "notebook 01_second failed in cell" in message and "x = 1 / (n - n)" in message
-    assert "ZeroDivisionError" in message and str(partial) in message
-    assert "fine" in partial.read_text() and '"never\\n"' not in partial.read_text()
 
 
 # --- the committed notebooks ---

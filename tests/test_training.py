@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from advlab import training
+from advlab import paths, training
 from advlab.checkpoints import describe, digest, from_bytes, to_bytes, write
 from advlab.data import random_flip
 from advlab.models import Normalize, seeded
@@ -417,6 +417,17 @@ def test_a_network_is_copied_and_its_weights_are_part_of_the_configuration(tmp_p
     assert same(before, model.state_dict()) and model.training and not same(before, trained.state_dict())
     assert cached(tmp_path, model=network())[1]["cached"] and not cached(tmp_path, model=network(1))[1]["cached"]
     assert same(trained.state_dict(), cached(tmp_path)[0].state_dict())  # built from the same seed
+
+
+def test_published_weights_come_first_and_are_checked_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "published", lambda: tmp_path / "published")
+    first, info = cached(tmp_path / "published")
+    loaded, again = cached(tmp_path / "own")
+    assert again["cached"] and again["path"] == info["path"] and same(first.state_dict(), loaded.state_dict()) and not (tmp_path / "own").exists()
+    flip_a_bit(Path(info["path"]), None)
+    with pytest.warns(UserWarning, match="damaged"):
+        anew = cached(tmp_path / "own")[1]
+    assert not anew["cached"] and Path(anew["path"]).parent == tmp_path / "own" and anew["sha256"] == info["sha256"]
 
 
 CHANGES = [{"seed": 1}, {"lr": 0.05}, {"epochs": 1}, {"model": partial(build, width=5)}, {"data": make_data(41)}, {"augment": random_flip},

@@ -214,14 +214,13 @@ def genattack(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, popu
     core.check_steps(steps=steps, population=population)
     if population < 2 or not temperature > 0:
         raise ValueError(f"population must be at least 2 and temperature positive, got {population} and {temperature}")
-    eps, generator, sign = core.check_budget(eps, x), core.default_generator(x, generator), 1.0 if targeted else -1.0
+    eps, generator, sign = core.check_budget(eps, x), core.default_generator(x, generator), -1.0 if targeted else 1.0
     x = x.detach()
     out = x.clone()
 
     def fitness(noise: Tensor) -> Tensor:  # (B, k, C, H, W) -> (B, k), infinite for noises that succeed; one pass a member bounds the memory
         answers = [model((xs + member).clamp_(0, 1)) for member in noise.unbind(1)]
-        odds = [sign * (z.gather(1, ys[:, None]).squeeze(1) - core.others(z, ys).logsumexp(1)) for z in answers]
-        return torch.stack([torch.where(core.fooled(z, ys, targeted), torch.inf, f) for z, f in zip(answers, odds)], 1)
+        return torch.stack([torch.where(core.fooled(z, ys, targeted), torch.inf, sign * core.log_odds(z, ys)) for z in answers], 1)
 
     with core.attacking(model), torch.no_grad():
         alive = _standing(model, x, y, eps, targeted)

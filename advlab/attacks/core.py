@@ -27,9 +27,14 @@ def others(logits: Tensor, y: Tensor) -> Tensor:
     return logits.scatter(1, y[:, None], -torch.inf)
 
 
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """log sum_{j != y} exp(z_j - z_y), (B,): the log odds of any other class against the label."""
+    return others(logits, y).logsumexp(1) - logits.gather(1, y[:, None]).squeeze(1)
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """log(1 + sum_{j != y} exp(z_j - z_y)), (B,): cross-entropy, with a gradient that stays exact where softmax saturates."""
-    return F.softplus(others(logits, y).logsumexp(1) - logits.gather(1, y[:, None]).squeeze(1))
+    return F.softplus(log_odds(logits, y))
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

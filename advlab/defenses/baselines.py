@@ -143,8 +143,7 @@ def attack_at(model, x, y, generator, *, attack):
     """Adversarial training with any attack: cross-entropy on attack(model, x, y) (Madry et al., arXiv 1706.06083)."""
     with training.evaluating(model), torch.autocast(x.device.type, enabled=False):
         x_adv = attack(model, x, y, generator=generator)
-    logits = model(x_adv).float()
-    return F.cross_entropy(logits, y), {"robust_accuracy": (logits.detach().argmax(1) == y).float().mean()}
+    return training.on_adversarial(model, x_adv, y)
 
 
 def tuned(name: str, model: nn.Module, step, data, **settings) -> tuple[nn.Module, dict]:
