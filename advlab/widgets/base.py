@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ipywidgets
 import torch
-from ipywidgets import HTML, Box, Button, Dropdown, FloatProgress, HBox, IntSlider, Layout, VBox
+from ipywidgets import HTML, Box, Button, Dropdown, FloatProgress, IntSlider, Layout, VBox
 from torch import Tensor, nn
 
 from advlab.attacks.core import Model
@@ -69,16 +69,16 @@ class Explorer(VBox):
         self.controls, self.png, self.alt, self.status, self.error = dict(controls), None, "", "", None
         self._idle = threading.Condition()  # guards what follows
         self._version, self._cancelled, self._busy = 0, -1, False
-        self._view, self._line = HTML(), HTML(layout=Layout(flex="1 1 auto"))
-        self._bar = FloatProgress(max=1.0, description="Working", layout=Layout(visibility="hidden", width="210px"))
-        self._stop = Button(description="Cancel", tooltip="Stop the drawing that is under way", disabled=True, layout=Layout(width="80px"))
+        self._view, self._line = HTML(), HTML()
+        self._bar = FloatProgress(max=1.0, description="Working", layout=Layout(visibility="hidden", width="200px", flex="none"))
+        self._stop = Button(description="Cancel", tooltip="Stop the drawing under way", disabled=True, layout=Layout(width="84px", flex="none"))
         self._stop.on_click(lambda _: self.cancel())
         for name, control in self.controls.items():
             control.style.description_width = "76px"
             control.tooltip = control.tooltip or f"{control.description} ({name})"
             control.observe(self.refresh, "value")
-        shelf = Box(list(self.controls.values()), layout=Layout(flex_flow="row wrap"))
-        super().__init__([shelf, HBox([self._stop, self._bar, self._line]), self._view], layout=Layout(max_width=f"{int(WIDTH * DPI) + 60}px"))
+        shelf = Box([*self.controls.values(), self._stop, self._bar], layout=Layout(flex_flow="row wrap"))
+        super().__init__([shelf, self._line, self._view], layout=Layout(max_width=f"{int(WIDTH * DPI) + 60}px"))
         self.add_class("advlab-explorer")
         self.add_class(type(self).__name__)
         self.refresh()
@@ -131,7 +131,7 @@ class Explorer(VBox):
     def _publish(self) -> None:
         source = "" if self.png is None else f'src="data:image/png;base64,{base64.b64encode(self.png).decode()}" style="max-width:100%;height:auto"'
         self._view.value = f'<img alt="{html.escape(self.alt)}" {source}>' if self.png else ""
-        self._line.value = f'<span role="status" style="line-height:1.4">{html.escape(self.status)}</span>'
+        self._line.value = f'<span role="status" style="line-height:1.4;display:block">{html.escape(self.status)}</span>'
         self._bar.layout.visibility, self._stop.disabled = "hidden", True
 
     def _progress(self, share: float) -> None:
@@ -228,13 +228,13 @@ def place(fig, left: float, bottom: float, width: float, height: float, title: s
     """Axes at a place given in inches; fixed places are drawn in half the time that a layout engine takes."""
     w, h = fig.get_size_inches()
     ax = fig.add_axes((left / w, bottom / h, width / w, height / h))
-    ax.set_title(title, fontsize=9, pad=4)
-    ax.tick_params(labelsize=8)
+    ax.set_title(title, fontsize=10, pad=4)
+    ax.tick_params(labelsize=8.5)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
 
-def picture(fig, image: Tensor, left: float, bottom: float, side: float, title: str = "", *, below: str = "", size: float = 9, scale=(0.0, 1.0),
+def picture(fig, image: Tensor, left: float, bottom: float, side: float, title: str = "", *, below: str = "", size: float = 10, scale=(0.0, 1.0),
             cmap: str = "gray") -> None:
     """An image (C, H, W), cut to [0, 1], or a map (H, W) drawn from scale[0] to scale[1], in a square of `side` inches with words above and below.
     Without axes, which would take most of a drawing's time."""

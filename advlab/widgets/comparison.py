@@ -83,9 +83,9 @@ class ComparisonBrowser(ImageExplorer):
             ax.vlines(at, [100 * v for v in low], [100 * v for v in high], color=LOOKS[k][0], linewidth=1.2)
         ax.axvline(eps, color="#999999", linewidth=6, alpha=0.35, zorder=0)
         ax.set(xlim=(-0.5, 16.5), ylim=(0, 102))
-        ax.set_xlabel("ε (of 255)", fontsize=8, labelpad=1)
-        ax.set_ylabel("accuracy (%)", fontsize=8, labelpad=1)
-        ax.legend(fontsize=6.5, frameon=False)
+        ax.set_xlabel("ε (of 255)", fontsize=8.5, labelpad=1)
+        ax.set_ylabel("accuracy (%)", fontsize=8.5, labelpad=1)
+        ax.legend(fontsize=7.5, frameon=False)
         least = min(value for points in curves.values() for _, value, *_ in points)
         said = f"{model}, threat {threat}: {len(curves)} attack{'s' * (len(curves) != 1)}, the lowest accuracy {least:.0%}. "
         if model not in self.models:
@@ -94,6 +94,6 @@ class ComparisonBrowser(ImageExplorer):
         x_adv, answer, fell = self.remember((model, float(eps)), lambda: self.fallen(job, model, float(eps)))
         for k, i in enumerate(fell.nonzero().squeeze(1)[:8].tolist()):
             words = f"{self.classes[int(self.y[i])][:10]} →\n{self.classes[int(answer[i])][:10]}"
-            picture(fig, x_adv[i], 4.15 + 1.27 * (k % 4), 1.75 - 1.6 * (k // 4), 1.15, words, size=7.5)
+            picture(fig, x_adv[i], 4.15 + 1.27 * (k % 4), 1.75 - 1.6 * (k // 4), 1.15, words, size=8.5)
         status = f"{said}{int(fell.sum())} of {len(fell)} images fell to PGD-20 at ε = {eps}/255, run now; the first eight are shown."
         return fig, f"Left: accuracy against eps. Right: images that fell. {status}", status

@@ -74,7 +74,7 @@ def _bars(fig, left: float, before: Tensor, after: Tensor, classes: Sequence[str
     ax.set(xlim=(0, 1), xticks=[0, 0.5, 1])
     ax.invert_yaxis()
     ax.set_xlabel("probability", fontsize=8, labelpad=1)
-    ax.legend(fontsize=7.5, frameon=False, loc="lower right", bbox_to_anchor=(1.02, 0.98), ncol=2, handlelength=1.2, columnspacing=0.8)
+    ax.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.02, 0.98), ncol=2, handlelength=1.2, columnspacing=0.8)
 
 
 class GradientMapExplorer(ImageExplorer):
@@ -101,10 +101,10 @@ class GradientMapExplorer(ImageExplorer):
         fig = figure(3.65)
         picture(fig, x[0], 0.05, 0.8, 1.9, f"{'attacked' if eps else 'clean'}: {self.said(logits)}")
         for k, label in enumerate(order):
-            mark = " (predicted)" if label == int(logits.argmax()) else " (true)" if label == int(y) else ""
+            mark = " (pred.)" if label == int(logits.argmax()) else " (true)" if label == int(y) else ""
             shown = perturbation(units[k], 1.0) if show == "colours" else magnitude(units[k : k + 1])[0] / (3**0.5 if len(maps[k]) > 1 else 1)
             words = {"title": f"{self.classes[label][:10]}{mark}", "below": f"norm {norms[k]:.2g}"}
-            picture(fig, shown, 2.15 + 1.42 * (k % 5), 2.05 - 1.8 * (k // 5), 1.28, size=7.5, **words)
+            picture(fig, shown, 2.15 + 1.42 * (k % 5), 2.05 - 1.8 * (k // 5), 1.28, size=8.5, **words)
         own = order.index(int(logits.argmax()))
         rest = torch.cat([norms[:own], norms[own + 1 :]]).median()
         status = (f"{'Attacked with PGD at ε = ' + format(eps, 'g') + '/255' if eps else 'Clean image'}, predicted {self.said(logits)}, true "
@@ -153,14 +153,14 @@ class AmplificationExplorer(ImageExplorer):
         for k, (name, v) in enumerate(seen.items()):
             level = error_amplification(f, x, v, names)
             line(ax, k, range(len(level)), [e.item() for e in level.values()], name)
-        ax.set_xticks(range(len(level)), list(level), rotation=60, fontsize=6.5, ha="right", rotation_mode="anchor")
+        ax.set_xticks(range(len(level)), list(level), rotation=60, fontsize=7.5, ha="right", rotation_mode="anchor")
         ax.axvline(list(level).index(layer), color="#999999", linewidth=6, alpha=0.35, zorder=0)
         ax.set_ylim(0, None)
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=8, frameon=False)
         shown = {"clean": x, "attacked": x_adv} | ({restorer: seen[restorer]} if restorer != "none" else {})
         maps = {name: v if layer == "pixels" else features(f, v, [layer])[layer] for name, v in shown.items()}
         _channels(fig, {name: m[0] for name, m in maps.items()}, layer)
-        status = (f"PGD-10 at ε = {eps:g}/255 by one who {attacker}; a true {self.classes[int(y)]}. "
+        status = (f"PGD-10 at ε = {eps:g}/255 by one who {attacker}; true label {self.classes[int(y)]}. "
                   + "; ".join(f"{name}: {self.said(f(v))}" for name, v in ({"clean": x} | seen).items()))
         return fig, f"Left: error by layer for {', '.join(seen)}. Right: the channels of layer {layer} that the attack changes most. {status}", status
 
@@ -173,15 +173,15 @@ def _channels(fig, maps: Mapping[str, Tensor], layer: str) -> None:
         ax = place(fig, left, 0.6, 4.1, 2.7, f"{layer}: {first.numel()} values")
         for k, (name, v) in enumerate(maps.items()):
             line(ax, k, range(v.numel()), v.flatten().tolist(), name)
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=8, frameon=False)
         return
     change = (second - first).flatten(1).abs().sum(1)
     best = change.topk(min(4, len(change))).indices.sort().values.tolist()
     for i, (name, m) in enumerate(maps.items()):
         for j, k in enumerate(best):
             low, high = first[k].min().item(), first[k].max().item()
-            picture(fig, m[k], left + j * 1.05, 2.28 - i * 1.13, side, f"{name}, {k}", size=7, scale=(low, high))
-    fig.text((left + 2.05) / 9.2, 0.985, f"{layer}: the channels that change most", fontsize=9, ha="center", va="top")
+            picture(fig, m[k], left + j * 1.05, 2.28 - i * 1.13, side, f"{name}, {k}", size=8, scale=(low, high))
+    fig.text((left + 2.05) / 9.2, 0.985, f"{layer}: the channels that change most", fontsize=10, ha="center", va="top")
 
 
 class SensitivityExplorer(ImageExplorer):
@@ -223,15 +223,16 @@ class SensitivityExplorer(ImageExplorer):
         picture(fig, x[0], 0.05, 0.25, 2.1, f"{'clean' if attack == 'none' else attack}: {self.said(f(x))}")
         top = s.amax(1)[0]
         picture(fig, top, 2.25, 0.25, 2.1, "sensitivity (log scale)", cmap="cividis", scale=(top.quantile(0.01).item(), top.max().item()))
-        ax = place(fig, 4.7, 0.55, 2.15, 1.8, "log10 of its norm")
+        ax = place(fig, 4.75, 0.55, 2.1, 1.8, "log10 of its norm")
         every = torch.cat([clean, moved, clean.new_tensor([size])])
         bins = torch.linspace(every.min().item(), every.max().item() + 0.01, 24)
         for v, colour, name in ((clean, "#56B4E9", "clean"), (moved, "#D55E00", attack))[: 1 if attack == "none" else 2]:
             ax.hist(v.cpu().numpy(), bins=bins.numpy(), color=colour, alpha=0.6, label=name)
         ax.axvline(size, color="black", linestyle="--", linewidth=1.5, label="this image")
-        ax.legend(fontsize=7, frameon=False)
+        ax.locator_params(axis="y", integer=True, nbins=5)
+        ax.legend(fontsize=8, frameon=False)
         picture(fig, masked[0], 7.05, 0.25, 2.1, f"masked: {self.said(self.answer(f, x, rate))}")
-        status = (f"True {self.classes[int(self.y[image])]}. The model says {self.said(f(x))}. {self.verdict(x)}With {rate} % masked, the "
+        status = (f"True label {self.classes[int(self.y[image])]}. The model says {self.said(f(x))}. {self.verdict(x)}With {rate} % masked, the "
                   f"{'rectifier' if self.rectifier else 'model'} says {self.said(self.answer(f, x, rate))}.")
         return fig, f"The image, its sensitivity map, the histogram of its norm, and the masked image. {status}", status
 
@@ -297,7 +298,7 @@ class SimilarityExplorer(ImageExplorer):
         ax = place(fig, 7.1, 0.5, 1.95, 1.85, f"SSIM of {len(value)} images")
         ax.hist(value.cpu().numpy(), bins=20, color="#56B4E9")
         ax.axvline(value[image].item(), color="black", linestyle="--", linewidth=1.5, label="this image")
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=8, frameon=False)
         status = (f"SSIM of the gradient maps of {model} and {second}{' for another label' if pair[1][1] else ''}: {value[image]:.2f} on this image, "
                   f"{value.mean():.2f} on average over {len(value)}. Brightness is the square root of the scaled map.")
         return fig, f"The image, the gradient map of {model}, that of {second}, and a histogram of SSIM. {status}", status
