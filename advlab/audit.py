@@ -245,7 +245,8 @@ def write(found: Audit, *, run: dict, profile: str, dataset: str, about: str = "
     report.save_results("audit", [*found.climbed.rows, *found.curves, *checks], run=run, profile=profile, dataset=dataset, where=where)
     page = text(found, about)
     report.write_atomic(where / "report.md", page.encode())
-    style = "body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;text-align:left}img{max-width:100%}.anchor-link{display:none}"
+    style = ("body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}td,th{padding:.2em .8em;text-align:left}"
+             "img{max-width:100%}.anchor-link{display:none}")
     html = f'<!doctype html><meta charset="utf-8"><title>Audit of {found.name}</title><style>{style}</style>{markdown2html_mistune(page)}'
     return report.write_atomic(where / "report.html", html.encode())
 
