@@ -46,6 +46,7 @@ resume: setup  ## go on after a run that was killed
 report: setup  ## the executed notebooks as HTML that opens without network: runs/PROFILE/report/index.html
 	$(RUN) -m advlab report --profile $(PROFILE)
 
+test: export OMP_NUM_THREADS = 1  # two workers with a thread each: threads that outnumber the cores wait for each other
 test: lint  ## lint, unit tests, and the notebooks at smoke size under nbval
 	$(RUN) -m pytest -n 2 --dist loadfile tests
 	ADVLAB_PROFILE=smoke $(RUN) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
