@@ -47,8 +47,8 @@ def _entry(e: dict, profile: str, dataset: str | None, rows: list[dict]) -> dict
     verdict = next((r for r in rows if r["system"] == "verdict"), {})
     measured = [r for r in rows if r["system"] != "verdict" and r.get("source") != "printed in the paper"]
     sizes = [r["n"] for r in measured if r["n"]]
-    where = paths.results(profile, dataset or "none") / f"{e['notebook']}.json"
-    figure = paths.figures(profile, dataset or "none") / f"{e['notebook']}-{e['figure']}.png"
+    where = report.target("results", profile, dataset or "none", f"{e['notebook']}.json")
+    figure = report.target("figures", profile, dataset or "none", f"{e['notebook']}-{e['figure']}.png")
     return {
         "exhibit": e["id"], "paper": e["paper"], "title": e["exhibit"], "what": e["what"], "profile": profile, "dataset": dataset,
         "claim": verdict.get("claim"), "measure": _measure(e["paper"], measured), "rows": len(measured), "n": max(sizes, default=None),

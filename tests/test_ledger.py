@@ -47,6 +47,14 @@ def test_a_complete_profile_has_an_entry_for_each_exhibit_and_no_gap(made):
     assert ledger.gaps("quick") == {}
 
 
+def test_an_entry_of_smoke_names_the_file_that_is_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("ADVLAB_HOME", str(tmp_path))
+    rows = [report.row(exhibit="TRN-F3", system="TRN", n=8, value=0.5, unit="accuracy")]
+    saved = report.save_results("40_trn_gradient_maps", rows, run=RUN, profile="smoke", dataset="skimage10")
+    (entry,) = (e for e in ledger.entries("smoke") if e["exhibit"] == "TRN-F3")
+    assert entry["results"] == saved and saved.exists()
+
+
 def test_summary_and_list_by_hand(made, tmp_path):
     made(left_out=["HGD-T2"])
     lines = ledger.entries("quick")
