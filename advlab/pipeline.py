@@ -23,16 +23,14 @@ from urllib.parse import quote
 from advlab import paths, series
 from advlab.series import SeriesError
 
-COMPARES_ALL = ("90", "91", "92")  # read what every paper's notebooks wrote; any other notebook of the nineties needs only 00
-
 
 def before(name: str, names: Sequence[str]) -> list[str]:
     """The notebooks among `names` whose results or networks a notebook uses: 00 for all; within a paper the one before it; all the papers' for
-    the comparison, the ledger and the audit."""
+    those of the nineties, which compare, judge, audit and explore."""
     earlier = [n for n in sorted(names) if n < name]
-    if name[:2] in COMPARES_ALL:
+    if name[0] == "9":
         return [n for n in earlier if n[0] != "9"]
-    if name[0] in "09":
+    if name[0] == "0":
         return [n for n in earlier if n[:2] == "00"]
     return [n for n in earlier if n[0] == name[0]][-1:] or [n for n in earlier if n[:2] == "00"]
 
