@@ -5,7 +5,6 @@ forward and backward, with frozen parameters and nothing else. `ratio_bare` is t
 the median over rounds of ours over the fastest peer's, with quartiles. A peer that took over 1.6 times as long as ours in one round, or 1.3 times in
 two, rests. Memory is the peak of what is allocated at one time during a short run, over that of one bare forward and backward pass."""
 
-import argparse
 import gc
 import math
 import os
@@ -14,10 +13,10 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from statistics import median, quantiles
+from statistics import median
 
 import torch
-from peers import Budget, Events, Run, absent, calibrate, call, correct, count, installed, lineup, network, passes
+from peers import Budget, Events, Run, absent, calibrate, call, correct, count, installed, lineup, network, options, passes, quartiles
 from torch import Tensor, nn
 
 from advlab import report
@@ -159,11 +158,6 @@ def race(entered: list[Entry], y: Tensor, *, rounds: int, least: float) -> list[
     return racers
 
 
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"low": low, "value": middle, "high": high}
-
-
 def measure(attack: str, budget: Budget, models: dict[str, nn.Module], x: Tensor, y: Tensor, versions: dict, *, network: str, rounds: int,
             least: float) -> list[dict]:
     """One attack on one network: a row for each contestant, and the verdict."""
@@ -214,33 +208,26 @@ def show(rows: Sequence[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time every attack beside its peers and beside the bare passes.")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; rows go to runs/")
-    parser.add_argument("--variants", action="store_true", help="also pgd on the model with contiguous weights, and with batch norm folded")
-    parser.add_argument("--threads", type=int, help="torch threads")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--attack", nargs="*", choices=list(ATTACKS), default=list(ATTACKS))
-    options, started = parser.parse_args(), time.time()
+    given, started = options("Time every attack beside its peers and beside the bare passes.", ATTACKS,
+                             variants="also pgd on the model with contiguous weights, and with batch norm folded"), time.time()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    quick = options.quick
+    quick = given.quick
     batch, rounds, least = (8, 2, 0.0) if quick else (64, 5, 0.25)
     versions, missing = installed()
     rows = absent(missing)
     for arch, (width, shape, training) in NETWORKS.items():
         if quick:
             width, training = 4, {"limit": 200, "epochs": 1, "batch_size": 50}
-        model = network(arch, width, shape, optimizer="adam", lr=3e-3, progress=False, device=options.device, **training)
+        model = network(arch, width, shape, optimizer="adam", lr=3e-3, progress=False, device=given.device, **training)
         x, y = correct(model, shape, batch)
         net = f"{arch} w{width} {'x'.join(map(str, shape))}"
         eps = calibrate("pgd", model, x, y, Budget())
         print(f"\n{net}: batch of {len(x)}, eps {255 * eps:.2f}/255, {torch.get_num_threads()} threads")
-        for attack in options.attack:
+        for attack in given.attack:
             budget = replace(ATTACKS[attack], eps=eps)
             if quick:
                 budget = replace(budget, steps=min(budget.steps, 3), queries=5)
-            models = {"": model} | (variants(model, x) if options.variants and attack == "pgd" else {})
+            models = {"": model} | (variants(model, x) if given.variants and attack == "pgd" else {})
             new = measure(attack, budget, models, x, y, versions, network=net, rounds=rounds, least=least)
             show(new)
             rows += new
@@ -249,8 +236,8 @@ def main() -> None:
         print(f"\npeak memory of our fixed-step attacks: at most {worst['peak_ratio']:.2f} times a forward and backward pass ({worst['attack']})")
     parameters = {"quick": quick, "rounds": rounds, "batch": batch, "libraries": ", ".join(f"{k} {v}" for k, v in versions.items()),
                   "missing": ", ".join(missing) or None}
-    info = report.run_info(parameters, 0, started, device=options.device)
-    profile = "standard" if not quick and set(options.attack) == set(ATTACKS) else "smoke"  # a part is not published
+    info = report.run_info(parameters, 0, started, device=given.device)
+    profile = "standard" if not quick and set(given.attack) == set(ATTACKS) else "smoke"  # a part is not published
     where = report.save_results("attacks_speed", rows, run=info, profile=profile, dataset="benchmark")
     print(f"{len(rows)} rows in {where}, after {info['seconds']:.0f} s")
 

@@ -5,15 +5,14 @@ frozen parameters; the bare passes that the maps need, one forward and n - 1 bac
 (differentiable), and in chunks of a quarter of the batch; and n separate forward and backward passes, the naive way. Goals: at most 5.5 bare
 passes for n = 10, and at most 1.1 times its own passes. Memory is the peak of what is allocated at one time, over that of one bare pass."""
 
-import argparse
 import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
 
 import torch
-from attacks import NETWORKS, bare, pair, peak, quartiles, time_of
-from peers import correct, network
+from attacks import NETWORKS, bare, pair, peak, time_of
+from peers import correct, network, options, quartiles
 from torch import Tensor, nn
 
 from advlab import report
@@ -63,18 +62,12 @@ def measure(model: nn.Module, x: Tensor, *, name: str, rounds: int, n: int = 10)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the gradient maps for all labels beside their bare passes.")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; rows go to runs/")
-    parser.add_argument("--threads", type=int, help="torch threads")
-    parser.add_argument("--device", default="cpu")
-    options, started = parser.parse_args(), time.time()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    batch, rounds, rows = (8, 2, []) if options.quick else (64, 7, [])
+    given, started = options("Time the gradient maps for all labels beside their bare passes."), time.time()
+    batch, rounds, rows = (8, 2, []) if given.quick else (64, 7, [])
     for arch, (width, shape, training) in NETWORKS.items():
-        if options.quick:
+        if given.quick:
             width, training = 4, {"limit": 200, "epochs": 1, "batch_size": 50}
-        model = network(arch, width, shape, optimizer="adam", lr=3e-3, progress=False, device=options.device, **training)
+        model = network(arch, width, shape, optimizer="adam", lr=3e-3, progress=False, device=given.device, **training)
         x, _ = correct(model, shape, batch)
         for label, variant in {"": model, " folded": folded(model).to(memory_format=torch.channels_last)}.items():
             rows += measure(variant, x, name=f"{arch} w{width}{label} {'x'.join(map(str, shape))}", rounds=rounds)
@@ -82,8 +75,8 @@ def main() -> None:
         timed = r["unit"] == "seconds"
         end = f"x{r['ratio_bare']:.2f} bare, peak {r['peak_ratio']:.2f}" if timed else f"goal {r['goal']}: {'ok' if r['passed'] else 'MISSED'}"
         print(f"{r['network']:28} {r['system']:22} {r['value']:8.4f} [{r['low']:.4f}, {r['high']:.4f}] {end}")
-    info = report.run_info({"quick": options.quick, "rounds": rounds, "batch": batch}, 0, started, device=options.device)
-    where = report.save_results("gradient_maps", rows, run=info, profile="smoke" if options.quick else "standard", dataset="benchmark")
+    info = report.run_info({"quick": given.quick, "rounds": rounds, "batch": batch}, 0, started, device=given.device)
+    where = report.save_results("gradient_maps", rows, run=info, profile="smoke" if given.quick else "standard", dataset="benchmark")
     print(f"{len(rows)} rows in {where}, after {info['seconds']:.0f} s")
 
 

@@ -1,4 +1,4 @@
-"""What the two benchmarks share: every attack of ours and its counterparts in the peer libraries, behind one call and at one budget.
+"""What the benchmarks share: their options, and every attack of ours and its counterparts in the peer libraries, behind one call and at one budget.
 
 Budgets are made equal in steps, step sizes, starts (one random start, or none) and queries, and every answer is judged outside the attacks.
 Where a library's own idea of a budget differs, the comment beside its line says so. Ours and theirs get the model as a user would pass it, in
@@ -9,12 +9,14 @@ eval mode with live parameters. Traps that would flatter or wrong a peer:
 - The Squares of torchattacks and pyautoattack make up to three queries more than asked, their APGD two forward passes and one backward.
 - adv-lib's PGD never judges its last step (here: it gets one step more), and returns the clean image where no iterate fooled the model."""
 
+import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from statistics import quantiles
 from types import ModuleType
 from typing import TypeVar
 
@@ -46,6 +48,26 @@ class Budget:
     queries: int = 100
     targets: int = 9
     seed: int = 0
+
+
+def options(description: str, attacks: Sequence[str] = (), **flags: str) -> argparse.Namespace:
+    """A benchmark's command line: quick, threads (already set), device, attack where there are any to choose from, and flags with their help."""
+    parser = argparse.ArgumentParser(description=description)
+    for name, text in {"quick": "tiny sizes, to see that everything runs; rows go to runs/", **flags}.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--device", default="cpu")
+    if attacks:
+        parser.add_argument("--attack", nargs="*", choices=list(attacks), default=list(attacks))
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    return given
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"low": low, "value": middle, "high": high}
 
 
 def installed() -> tuple[dict[str, str], dict[str, str]]:

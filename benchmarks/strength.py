@@ -5,13 +5,12 @@ budgets: robust accuracy at equal steps, step sizes, starts and queries, at an e
 strongest peer's, in points. Minimal norms: the mean over the images fooled, at equal steps; the verdict is ours over the best peer's, over the images
 that both fooled, for peers that fool 95 % or more. Answers are judged here, after a projection into ball and box that undoes rounding."""
 
-import argparse
 import time
 from dataclasses import replace
 from functools import partial
 
 import torch
-from peers import Budget, absent, calibrate, call, correct, count, installed, lineup, nan_to_clean, network, passes
+from peers import Budget, absent, calibrate, call, correct, count, installed, lineup, nan_to_clean, network, options, passes
 from torch import Tensor, nn
 
 from advlab import data, report, zoo
@@ -120,24 +119,17 @@ def show(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Weigh every attack beside its peers at equal budgets.")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; rows go to runs/")
-    parser.add_argument("--threads", type=int, help="torch threads")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--attack", nargs="*", choices=[*FIXED, *MINIMAL], default=[*FIXED, *MINIMAL])
-    options, started = parser.parse_args(), time.time()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    quick = options.quick
+    given, started = options("Weigh every attack beside its peers at equal budgets.", [*FIXED, *MINIMAL]), time.time()
+    quick = given.quick
     n, n_minimal = (24, 8) if quick else (500, 200)
     versions, missing = installed()
     rows = absent(missing)
-    for name, model in networks(quick, options.device).items():
+    for name, model in networks(quick, given.device).items():
         x, y = correct(model, (3, 32, 32), n)
         few = partial(calibrate, model=model, x=x[:128], y=y[:128])
         common = few("pgd", budget=Budget(steps=20))
         print(f"\n{name}: {len(x)} images (minimal norms: {len(x[:n_minimal])}), eps {255 * common:.2f}/255, {torch.get_num_threads()} threads")
-        for attack in options.attack:
+        for attack in given.attack:
             budget = (FIXED | MINIMAL)[attack]
             if quick:
                 budget = replace(budget, steps=min(budget.steps, 3), search=min(budget.search, 2), queries=10, targets=3)
@@ -150,8 +142,8 @@ def main() -> None:
             rows += new
     parameters = {"quick": quick, "images": n, "images_minimal": n_minimal, "libraries": ", ".join(f"{k} {v}" for k, v in versions.items()),
                   "missing": ", ".join(missing) or None}
-    info = report.run_info(parameters, 0, started, device=options.device)
-    profile = "standard" if not quick and set(options.attack) == {*FIXED, *MINIMAL} else "smoke"  # a part is not published
+    info = report.run_info(parameters, 0, started, device=given.device)
+    profile = "standard" if not quick and set(given.attack) == {*FIXED, *MINIMAL} else "smoke"  # a part is not published
     where = report.save_results("attacks_strength", rows, run=info, profile=profile, dataset="benchmark")
     print(f"{len(rows)} rows in {where}, after {info['seconds']:.0f} s")
 

@@ -4,12 +4,11 @@ g makes N + 1 = 14 forward and 13 backward passes of f_b. In turn, rounds time: 
 eval mode, batch norm and dropout layers in place); g; f_a(g(x)), a pass of f_a being added; and the mean of k draws, which must cost k times one.
 Networks are drawn at random, which does not change what a pass costs. `ratio` rows: seconds over seconds in each round, median and quartiles."""
 
-import argparse
 import time
 from collections.abc import Callable
-from statistics import quantiles
 
 import torch
+from peers import options, quartiles
 from torch import Tensor, nn
 
 from advlab import report
@@ -45,11 +44,6 @@ def seconds(run: Callable, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"low": low, "value": middle, "high": high}
-
-
 def measure(name: str, *, batch: int, rounds: int, width: int, device: str) -> list[dict]:
     channels, side, stages = SHAPES[name]
     with seeded(0):
@@ -76,23 +70,17 @@ def measure(name: str, *, batch: int, rounds: int, width: int, device: str) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time g and f_a(g(x)) beside bare passes of f_b.")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs; rows go to runs/")
-    parser.add_argument("--threads", type=int, help="torch threads")
-    parser.add_argument("--device", default="cpu")
-    options, started = parser.parse_args(), time.time()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    size = {"batch": 16, "rounds": 2, "width": 8} if options.quick else {"batch": 64, "rounds": 9, "width": 16}
+    given, started = options("Time g and f_a(g(x)) beside bare passes of f_b."), time.time()
+    size = {"batch": 16, "rounds": 2, "width": 8} if given.quick else {"batch": 64, "rounds": 9, "width": 16}
     rows = []
     for name in SHAPES:
-        new = measure(name, device=options.device, **size)
+        new = measure(name, device=given.device, **size)
         print(f"\n{new[0]['network']}, batch {size['batch']}, {torch.get_num_threads()} threads")
         for r in new:
             print(f"  {r['system']:26} {r['value']:9.2f} [{r['low']:.2f}, {r['high']:.2f}] {r['unit']}")
         rows += new
-    info = report.run_info({**size, "quick": options.quick}, 0, started, device=options.device)
-    where = report.save_results("transform", rows, run=info, profile="smoke" if options.quick else "standard", dataset="benchmark")
+    info = report.run_info({**size, "quick": given.quick}, 0, started, device=given.device)
+    where = report.save_results("transform", rows, run=info, profile="smoke" if given.quick else "standard", dataset="benchmark")
     print(f"\n{len(rows)} rows in {where}, after {info['seconds']:.0f} s")
 
 
