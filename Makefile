@@ -48,7 +48,7 @@ report: setup  ## the executed notebooks as HTML that opens without network: run
 
 test: export OMP_NUM_THREADS = 1  # two workers with a thread each: threads that outnumber the cores wait for each other
 test: lint  ## lint, unit tests, and the notebooks at smoke size under nbval
-	$(RUN) -m pytest -n 2 --dist loadfile tests
+	$(RUN) -m pytest -n 2 --dist worksteal tests
 	ADVLAB_PROFILE=smoke $(RUN) -m pytest -n 2 --dist loadfile --nbval-lax --nbval-current-env -p no:cacheprovider notebooks
 
 lint: setup

@@ -321,16 +321,6 @@ def test_runs_that_cannot_be_written_stop_a_run_at_once(folder, capsys):
     assert f"runs cannot be written: [Errno 20] Not a directory: '{folder / 'runs' / 'quick'}'; set ADVLAB_HOME" in capsys.readouterr().err
 
 
-# --- killed at random moments ---
-
-
-@pytest.mark.slow
-def test_a_run_that_is_killed_three_times_ends_like_one_that_is_not():
-    done = subprocess.run([sys.executable, ROOT / "tests/kill.py", "--kills", "3", "--notebooks", "00", "40"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 kills in" in done.stdout
-
-
 @pytest.mark.parametrize("where", ["local", "slurm", "cloud"])
 def test_every_profile_keeps_the_triggers_that_the_stamps_need(where):
     import yaml
