@@ -46,8 +46,18 @@ class Dataset:
 
     def take(self, n: int) -> "Dataset":
         """The first `n` images, with a digest of their own."""
-        x = self.x.take(n) if isinstance(self.x, LazyImages) else self.x[:n]
-        return replace(self, x=x, y=self.y[:n], digest=_digest(x, self.y[:n]))
+        return self._part(torch.arange(min(n, len(self))))
+
+    def first_classes(self, k: int) -> "Dataset":
+        """The images of the first `k` classes, with a digest of their own. DataError where there are fewer classes or none of their images."""
+        chosen = (self.y < k).nonzero().squeeze(1)
+        if k > self.num_classes or not len(chosen):
+            raise DataError(f"{self.name} has {self.num_classes} classes, {len(self.y.unique())} of them in its {self.split} split: no first {k}")
+        return replace(self._part(chosen), classes=self.classes[:k])
+
+    def _part(self, chosen: Tensor) -> "Dataset":
+        x = self.x.take(chosen) if isinstance(self.x, LazyImages) else self.x[chosen]
+        return replace(self, x=x, y=self.y[chosen], digest=_digest(x, self.y[chosen]))
 
     def mean_std(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each channel in units of [0,1], exact, over every image."""
@@ -60,32 +70,34 @@ class Dataset:
         return mean.tolist(), ((weights * levels**2).sum(1) - mean**2).clamp(min=0).sqrt().tolist()
 
 
-def load(name: str | os.PathLike, split: str = "train", *, size: int | None = None, limit: int | None = None,
+def load(name: str | os.PathLike, split: str = "train", *, size: int | None = None, limit: int | None = None, classes: int | None = None,
          root: str | os.PathLike | None = None, download: bool = True) -> Dataset:
     """One split, "train" or "test", of a data set.
 
     `name` is `skimage10` (made on the spot; `size` 32, the default, or 64), a public set (`mnist`, `fashion_mnist`, `cifar10`, `svhn`,
     `tiny_imagenet`: downloaded into data/raw, checksums verified, when it is not there and `download` allows), the name of an archive NAME.npz or of
     an image folder in `root` (default `$ADVLAB_DATA`, then data/raw), or a path to either. data/README.md describes the forms. `size` resizes
-    encoded images and image files to size x size; arrays come as they are. `limit` keeps the first so many images. Images that would take more
-    than 4 GiB decoded stay encoded (LazyImages). Raises DataError, with what to do, for anything unknown, absent, damaged or of the wrong form."""
+    encoded images and image files to size x size; arrays come as they are. `classes` keeps the first so many classes, and `limit` the first so many
+    of the images. Images that would take more than 4 GiB decoded stay encoded (LazyImages). Raises DataError, with what to do, for anything unknown,
+    absent, damaged or of the wrong form."""
     if split not in ("train", "test"):
         raise DataError(f"unknown split {split!r}: it is 'train' or 'test'")
-    for key, value in {"size": size, "limit": limit}.items():
+    for key, value in {"size": size, "limit": limit, "classes": classes}.items():
         if value is not None and (not isinstance(value, int) or value < 1):
             raise DataError(f"{key} must be a positive integer, not {value!r}")
     name = os.fspath(name)
     if name == "skimage10":
         if (size or 32) not in _skimage10.SIZES:
             raise DataError(f"size {size} is not supported: skimage10 comes in sizes {' and '.join(map(str, _skimage10.SIZES))}")
-        images, labels = _skimage10.generate(split, size or 32, limit)
+        images, labels = _skimage10.generate(split, size or 32, None if classes else limit)
         x, y = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels)
-        classes = tuple(_skimage10.PHOTOGRAPHS)
+        names = tuple(_skimage10.PHOTOGRAPHS)
     else:
         path = find(name, root) or _download.fetch(name, root, download=download)
         read = _archives.read_folder if path.is_dir() else _archives.read_npz
-        x, y, classes = read(path, split, size, limit)
-    return Dataset(Path(name).stem, split, x, y, classes, _digest(x, y))
+        x, y, names = read(path, split, size, None if classes else limit)
+    found = Dataset(Path(name).stem, split, x, y, names, "" if classes else _digest(x, y))
+    return found.first_classes(classes).take(limit or len(y)) if classes else found
 
 
 def batches(x: Tensor | LazyImages, y: Tensor, batch_size: int, *, shuffle: bool = False, generator: Generator | None = None,

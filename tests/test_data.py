@@ -117,6 +117,15 @@ def test_arrays_in_the_keras_convention(save):
     assert torch.equal(get(limit=2).x, train.x[:2]) and get(limit=99).digest == train.digest == get().digest
 
 
+def test_the_first_classes_keep_their_images_in_order(save):
+    get = save(x_train=X, y_train=Y, x_test=X[:3], y_test=Y[:3])
+    whole, two = get(), get(classes=2)
+    assert torch.equal(two.x, whole.x[whole.y < 2]) and torch.equal(two.y, whole.y[whole.y < 2]) and two.classes == ("0", "1")
+    assert get(classes=2, limit=3).digest == two.take(3).digest != two.digest != whole.digest == get(classes=3).digest
+    with pytest.raises(DataError, match="mine has 3 classes, 3 of them in its train split: no first 4"):
+        get(classes=4)
+
+
 def test_encoded_archives(save):
     many = np.random.RandomState(1).randint(0, 256, (150, 4, 6, 3), dtype=np.uint8)  # more than one thread's share
     get = save(**encoded(many, "_train"), y_train=np.arange(150) % 3, **encoded(X[:, :, :, 0], "_val"), y_val=Y, words=["cat", "dog", "eel"])
@@ -230,6 +239,7 @@ def test_lazy_images_behave_like_the_tensor(folder, monkeypatch):
     for index in (3, slice(2, 5), torch.tensor([8, 0, 0]), eager.y == 1):
         assert torch.equal(lazy.x[index], eager.x[index])
     assert lazy.mean_std() == eager.mean_std() and torch.equal(lazy.images(), eager.images())
+    assert torch.equal(lazy.first_classes(2).x[:], eager.first_classes(2).x)
     assert len(lazy.take(2).x) == 2 and lazy.take(2).digest == load(folder, limit=2).digest != lazy.digest
     for (x, y), (u, v) in zip(*(batches(d.x, d.y, 4, shuffle=True, generator=torch.Generator().manual_seed(0)) for d in (lazy, eager)), strict=True):
         assert torch.equal(x, u) and torch.equal(y, v)
