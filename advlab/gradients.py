@@ -181,8 +181,9 @@ def _gradient_maps(model: Model, x: Tensor, top: int | None, differentiable: boo
         order = logits.detach().argsort(1, descending=True)
 
         def product(vector: Tensor, last: bool = False) -> Tensor:
-            value = (logits * vector).sum()  # given as grad_outputs, the vector would make torch import sympy, which takes seconds
-            return torch.autograd.grad(value, x, retain_graph=differentiable or not last, create_graph=differentiable)[0]
+            # a constant vector goes into a sum: as grad_outputs it would make torch import sympy, which takes seconds
+            of, weights = (logits, vector) if vector.requires_grad else ((logits * vector).sum(), None)
+            return torch.autograd.grad(of, x, weights, retain_graph=differentiable or not last, create_graph=differentiable)[0]
 
         unit = torch.eye(n, dtype=x.dtype, device=x.device)[order]  # (B, n, n), one-hot rows, likeliest label first
         p = logits.softmax(1).gather(1, order)
