@@ -72,12 +72,13 @@ def square(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", queri
         if trace is not None:
             trace.append((used, len(alive)))
         for attempt in range(restarts):
-            xs, ys, es, best, score = x[alive], y[alive], eps[alive], x[alive], top.new_full(alive.shape, -torch.inf)
+            ys, best, score = y[alive], x[alive], top.new_full(alive.shape, -torch.inf)
+            ball = core.ball(best, eps[alive], norm)
             for k in range(queries - (attempt == 0)):
                 if not len(alive):
                     return core.finish(out)
                 p = p_init / 2 ** bisect_left(HALVINGS, (k - 1) * 10_000 // queries)
-                new = propose(xs, es, best, p, generator) if k else start(xs, es, generator)
+                new = propose(*ball, best, p, generator) if k else start(*ball, generator)
                 logits = model(new)
                 done = core.fooled(logits, ys, targeted)
                 value = torch.where(done, torch.inf, sign * loss(logits, ys))
@@ -86,7 +87,7 @@ def square(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", queri
                 used += 1
                 if done.any():
                     out[alive[done]], on = new[done], ~done
-                    alive, xs, ys, es, best, score = (v[on] for v in (alive, xs, ys, es, best, score))
+                    alive, ys, best, score, *ball = (v[on] for v in (alive, ys, best, score, *ball))
                 if trace is not None:
                     trace.append((used, len(alive)))
             better = score > top[alive]
@@ -94,20 +95,20 @@ def square(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", queri
     return core.finish(out)
 
 
-def _stripes(x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
-    """Vertical stripes one pixel wide, each channel of each at plus or minus eps."""
-    return (x + eps * _signs(x, (*x.shape[:2], 1, x.shape[3]), generator)).clamp_(0, 1)
+def _stripes(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+    """Vertical stripes one pixel wide, each channel of each at the lower or the upper bound."""
+    return torch.where(_signs(low, (*low.shape[:2], 1, low.shape[3]), generator) > 0, high, low)
 
 
-def _recolour(x: Tensor, eps: Tensor, best: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    """One square of side sqrt(p H W) moved to plus or minus eps, a sign for each channel; signs that change nothing are turned round."""
-    height, width = x.shape[2:]
+def _recolour(low: Tensor, high: Tensor, best: Tensor, p: float, generator: torch.Generator) -> Tensor:
+    """One square of side sqrt(p H W) moved to its lower or upper bound, a sign for each channel; signs that change nothing are turned round."""
+    height, width = low.shape[2:]
     side = min(max(round(math.sqrt(p * height * width)), 1), height, width)
-    r, c = (torch.arange(n, device=x.device) - _integers(n - side + 1, x, generator) for n in (height, width))
+    r, c = (torch.arange(n, device=low.device) - _integers(n - side + 1, low, generator) for n in (height, width))
     mask = ((r >= 0) & (r < side))[:, None, :, None] & ((c >= 0) & (c < side))[:, None, None, :]
-    signs = _signs(x, (*x.shape[:2], 1, 1), generator)
-    idle = ~(mask & ((x + eps * signs).clamp_(0, 1) != best)).flatten(1).any(1)
-    return torch.where(mask, (x + eps * torch.where(rows(idle), -signs, signs)).clamp_(0, 1), best)
+    up = _signs(low, (*low.shape[:2], 1, 1), generator) > 0
+    idle = ~(mask & (torch.where(up, high, low) != best)).flatten(1).any(1)
+    return torch.where(mask, torch.where(up ^ rows(idle), high, low), best)
 
 
 def _bump(side: int, x: Tensor) -> Tensor:

@@ -178,6 +178,11 @@ def project(x_adv: Tensor, x: Tensor, eps: Tensor, norm: str) -> Tensor:
     return (x + delta * (eps / l2(delta).clamp_min(1e-12)).clamp_max(1)).clamp_(0, 1)
 
 
+def ball(x: Tensor, eps: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """For linf the lower and upper bound of every pixel, so that one clamp brings an image back; for l2 centre and radius."""
+    return ((x - eps).clamp_(min=0), (x + eps).clamp_(max=1)) if norm == "linf" else (x, eps)
+
+
 def steepest(grad: Tensor, norm: str) -> Tensor:
     """The direction of unit norm along which a linear function with this gradient grows fastest; NaN where the gradient is not finite."""
     return grad.sign() + 0 * grad if norm == "linf" else grad / l2(grad).clamp_min(1e-12)  # sign alone would turn NaN into 0

@@ -105,11 +105,6 @@ def _score(value: Tensor, fell: Tensor) -> Tensor:
     return torch.where(fell, torch.inf, value)
 
 
-def _ball(x: Tensor, eps: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """What `_climb` projects with: for linf the lower and upper bound of every pixel, so that one clamp a step will do; for l2 centre and radius."""
-    return ((x - eps).clamp_(min=0), (x + eps).clamp_(max=1)) if norm == "linf" else (x, eps)
-
-
 def _climb(x_t: Tensor, grad: Tensor, step: Tensor, ball: tuple[Tensor, Tensor], norm: str) -> Tensor:
     """One projected step of length `step` (B, 1, 1, 1) in the direction of steepest ascent."""
     if norm == "linf":
@@ -119,7 +114,7 @@ def _climb(x_t: Tensor, grad: Tensor, step: Tensor, ball: tuple[Tensor, Tensor],
 
 def _walk(model, x, y, x_t, eps, step, steps, norm, objective, done, keep, decay, check):
     """`steps` steps from x_t. Returns the images kept and, unless keep is "last", their scores and whether they fool the model."""
-    ball, bad = _ball(x, eps, norm), torch.zeros((), device=x.device)  # bad: not finite once a gradient was not; a sign would hide it
+    ball, bad = core.ball(x, eps, norm), torch.zeros((), device=x.device)  # bad: not finite once a gradient was not; a sign would hide it
     velocity = torch.zeros_like(x_t) if decay is not None else None
     best, score = x_t.clone() if keep != "last" else None, torch.full(x.shape[:1], -torch.inf, device=x.device)
     alive = torch.arange(len(x), device=x.device)
@@ -212,7 +207,7 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
     verdict = torch.zeros(alive.shape, dtype=torch.bool, device=x.device)
     at, index = torch.arange(len(alive), device=x.device), alive  # positions in `out` and in the batch
     xs, es, bad = x[index], eps[index], torch.zeros((), device=x.device)
-    ball = _ball(xs, es, norm)
+    ball = core.ball(xs, es, norm)
     noise = core.uniform(xs, generator) if norm == "linf" else core.gaussian(xs, generator)
     scale = core.rows(noise.abs().amax((1, 2, 3))) if norm == "linf" else core.l2(noise)
     x_t = (xs + es * noise / scale).clamp_(0, 1)
@@ -233,10 +228,9 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
         rose = value > f_best
         x_best, g_best = (torch.where(core.rows(rose), a, b) for a, b in ((x_t, x_best), (grad, g_best)))
         f_best, f_old = torch.where(rose, value, f_best), value
-        out[at] = torch.where(core.rows(done), x_t, x_best)
-        top[at], verdict[at] = f_best, done
         if done.any():
-            on = ~done
+            on, left = ~done, at[done]
+            out[left], top[left], verdict[left] = x_t[done], f_best[done], True
             at, index, x_t, x_old, x_best, *ball = (v[on] for v in (at, index, x_t, x_old, x_best, *ball))
             grad, g_best, step, ups, halved = (v[on] for v in (grad, g_best, step, ups, halved))
             f_old, f_best, f_mark = (v[on] for v in (f_old, f_best, f_mark))
@@ -250,5 +244,6 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
         z = _climb(x_t, grad, step, ball, norm)
         x_new = torch.lerp(x_t, z, 0.75).add_(x_t - x_old, alpha=0.25) if t else z
         x_old, x_t = x_t, z if t == 0 else torch.clamp(x_new, *ball) if norm == "linf" else core.project(x_new, *ball, norm)
+    out[at], top[at] = x_best, f_best
     core.finish(bad)
     return out, top, verdict

@@ -86,20 +86,23 @@ def cw(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, search_steps: in
         low, high, weight = torch.zeros_like(value), torch.full_like(value, torch.inf), torch.full_like(value, c)
         w_0 = torch.atanh((2 * x - 1) * SHRINK)
         tanh_0 = w_0.tanh()
-        x_t, w, tanh, hit = x, w_0, tanh_0, torch.zeros_like(alive, dtype=torch.bool)
+        x_t, delta, w, tanh, hit = x, torch.zeros_like(x), w_0, tanh_0, torch.zeros_like(alive, dtype=torch.bool)
         for _ in range(search_steps):
             mean, square, won = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(hit)
             for t in range(1, steps):
-                g = (2 * (x_t - x) - core.rows(weight * ~hit) * grad).mul_(1 - tanh * tanh).div_(2)
+                slope = torch.addcmul(x.new_ones(()), tanh, tanh, value=-1)
+                g = torch.addcmul(delta, core.rows(weight * ~hit), grad, value=-0.5).mul_(slope)
                 mean.lerp_(g, 0.1)
                 square.mul_(0.999).addcmul_(g, g, value=0.001)
-                w = w.addcdiv(mean, (square / (1 - 0.999**t)).sqrt_().add_(1e-8), value=-lr / (1 - 0.9**t))
+                scale = math.sqrt(1 - 0.999**t)
+                w = w.addcdiv(mean, square.sqrt().add_(1e-8 * scale), value=-lr * scale / (1 - 0.9**t))
                 tanh = w.tanh()
-                x_t = (x + (tanh - tanh_0) / 2).clamp_(0, 1)
+                x_t = torch.add(x, tanh - tanh_0, alpha=0.5).clamp_(0, 1)
+                delta = x_t - x
                 logits, value, grad = core.gradient(model, x_t, y, objective)
                 hit = core.fooled(logits, y, targeted) & (value >= kappa)
                 won = won | hit
-                best, least = _nearer(best, least, x_t, hit, _size(x_t - x, 2))
+                best, least = _nearer(best, least, x_t, hit, _size(delta, 2))
             core.finish(x_t)
             low, high = torch.where(won, low, weight), torch.where(won, weight, high)
             weight = torch.where(high.isinf(), 10 * weight, (low + high) / 2)
@@ -165,17 +168,18 @@ def _walk(model: Model, x: Tensor, y: Tensor, steps: int, norm: str, targeted: b
         alive, x, y, value, grad = _stand(model, x, y, objective, targeted)
         if not len(alive):
             return out
-        x_t, best, hit = x, x, torch.zeros_like(alive, dtype=torch.bool)
+        delta, best, hit = torch.zeros_like(x), x, torch.zeros_like(alive, dtype=torch.bool)
         least, eps = torch.full_like(value, torch.inf), torch.full_like(value, eps)
         far = _size(torch.maximum(x, 1 - x), _PRIMAL[norm])
         for t in range(steps - 1):
             decay = (1 + math.cos(math.pi * t / steps)) / 2
             objective = _upwards(partial(_soft_margin, heat=decay), targeted)
-            eps, x_t = move(decay, x, x_t - x, eps, far, value, grad, hit, least)
+            eps, x_t = move(decay, x, delta, eps, far, value, grad, hit, least)
+            delta = x_t - x
             logits, value, grad = core.gradient(model, x_t, y, objective)
             hit = core.fooled(logits, y, targeted)
-            best, least = _nearer(best, least, x_t, hit, _size(x_t - x, _PRIMAL[norm]))
-        core.finish(x_t)
+            best, least = _nearer(best, least, x_t, hit, _size(delta, _PRIMAL[norm]))
+        core.finish(delta)
     out[alive] = best
     return out
 
