@@ -53,7 +53,7 @@ def speed() -> str:
                       f"{against['value']:.2f} [{against['low']:.2f}, {against['high']:.2f}] {against['peer']}" if against else "-",
                       f"{r['peak_ratio']:.2f}"])
     header = ["attack", "network", "passes an image", "time / bare passes", "time / fastest peer [quartiles]", "memory / bare pass"]
-    return f"{markdown(header, lines)}\n\nBatches of {rows[-1]['n']}, least seconds of interleaved rounds. {source}"
+    return f"{markdown(header, lines)}\n\nBatches of {rows[-1]['n']}, medians of interleaved rounds. {source}"
 
 
 def strength() -> str:

@@ -23,10 +23,11 @@ FIXED = {
     "fgsm": Budget(steps=1), "pgd": Budget(steps=20), "pgd-best": Budget(steps=20), "mim": Budget(steps=20), "apgd-ce": Budget(steps=20),
     "apgd-dlr": Budget(steps=20), "apgd-t": Budget(steps=20), "autoattack": Budget(steps=20, queries=100), "square": Budget(queries=200),
 }  # fmt: skip
-MINIMAL = {"deepfool": Budget(steps=50), "cw": Budget(steps=40, search=5), "ddn": Budget(steps=100), "fmn-l2": Budget(steps=20),
+MINIMAL = {"deepfool": Budget(steps=50), "cw": Budget(steps=100, search=5), "ddn": Budget(steps=100), "fmn-l2": Budget(steps=20),
            "fmn-linf": Budget(steps=20)}
 DRAWS = {"pgd": 2, "apgd-ce": 2, "apgd-dlr": 2}  # seeds over which accuracies are averaged, where that is cheap
-OWN_EPS = ("fgsm", "square")  # far weaker than the rest: at the others' eps they leave nearly everything standing
+# Far weaker or stronger than PGD, at whose eps they would leave nearly all or nearly nothing: an eps of their own, sought from this share of PGD's.
+OWN_EPS = {"fgsm": 1.0, "square": 1.0, "apgd-t": 0.25, "autoattack": 0.25}
 BATCH = 125
 
 
@@ -134,7 +135,7 @@ def main() -> None:
             if quick:
                 budget = replace(budget, steps=min(budget.steps, 3), search=min(budget.search, 2), queries=10, targets=3)
             if attack in FIXED:
-                budget = replace(budget, eps=few(attack, budget=budget, start=common) if attack in OWN_EPS else common)
+                budget = replace(budget, eps=few(attack, budget=budget, start=OWN_EPS[attack] * common) if attack in OWN_EPS else common)
                 new = fixed(attack, budget, model, x, y, versions, 1 if quick else DRAWS.get(attack, 1), network=name)
             else:
                 new = minimal(attack, budget, model, x[:n_minimal], y[:n_minimal], versions, network=name)
