@@ -300,14 +300,15 @@ def correct(model: nn.Module, shape: tuple[int, int, int], n: int) -> tuple[Tens
     return x[right], y[right]
 
 
-def calibrate(attack: str, model: nn.Module, x: Tensor, y: Tensor, budget: Budget, *, share: float = 0.45, start: float = 0.25 / 255) -> float:
-    """The first eps of start, 1.4 start, 1.96 start, ... at which our attack leaves at most this share of the images standing."""
+def calibrate(attack: str, model: nn.Module, x: Tensor, y: Tensor, budget: Budget, *, share: float = 0.45, start: float = 0.25 / 255,
+              growth: float = 1.4) -> float:
+    """The first eps of start, start * growth, start * growth^2, ... at which our attack leaves at most this share of the images standing."""
     eps = start
     while eps < 0.25:
         run = lineup(attack, model, Budget(**{**vars(budget), "eps": eps}), ["advlab"])["advlab"]
         if (predict(model, call(run, model, x, y)).argmax(1) == y).float().mean() <= share:
             break
-        eps *= 1.4
+        eps *= growth
     return eps
 
 

@@ -27,7 +27,7 @@ MINIMAL = {"deepfool": Budget(steps=50), "cw": Budget(steps=100, search=5), "ddn
            "fmn-linf": Budget(steps=20)}
 DRAWS = {"pgd": 2, "apgd-ce": 2, "apgd-dlr": 2}  # seeds over which accuracies are averaged, where that is cheap
 # Far weaker or stronger than PGD, at whose eps they would leave nearly all or nearly nothing: an eps of their own, sought from this share of PGD's.
-OWN_EPS = {"fgsm": 1.0, "square": 1.0, "apgd-t": 0.25, "autoattack": 0.25}
+OWN_EPS = {"fgsm": 1.0, "square": 1.0, "apgd-t": 0.3, "autoattack": 0.3}
 BATCH = 125
 
 
@@ -135,7 +135,7 @@ def main() -> None:
             if quick:
                 budget = replace(budget, steps=min(budget.steps, 3), search=min(budget.search, 2), queries=10, targets=3)
             if attack in FIXED:
-                budget = replace(budget, eps=few(attack, budget=budget, start=OWN_EPS[attack] * common) if attack in OWN_EPS else common)
+                budget = replace(budget, eps=few(attack, budget=budget, start=OWN_EPS[attack] * common, growth=1.2) if attack in OWN_EPS else common)
                 new = fixed(attack, budget, model, x, y, versions, 1 if quick else DRAWS.get(attack, 1), network=name)
             else:
                 new = minimal(attack, budget, model, x[:n_minimal], y[:n_minimal], versions, network=name)
