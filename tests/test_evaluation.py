@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from advlab import data, training
 from advlab.attacks import core, pgd
 from advlab.attacks.adaptive import straight_through
 from advlab.evaluation import BUDGETS, Budget, Parts, accuracy, craft, judge, ladder, random_targets, robustness, rungs, score, wilson
+from advlab.models import seeded, small_cnn
 from advlab.report import row as result_row
 from advlab.sanity import black_box, dynamic, failed, gradients, outputs, randomness, sanity
 
@@ -136,6 +138,19 @@ def test_dropping_fallen_images_costs_at_most_half_the_passes(net, batch):
     quick = craft(net, partial(pgd, eps=0.2, steps=20, keep="first"), x, y)[1]
     hook.remove()
     assert torch.equal(full, quick) and sum(seen) <= cost / 2
+
+
+def test_dropping_fallen_images_halves_the_passes_on_a_trained_classifier_at_8_of_255():
+    train, test, seen = data.load("skimage10", limit=2000), data.load("skimage10", "test", limit=200), []
+    with seeded(0):
+        target = small_cnn(width=8)
+    training.fit(target, training.standard, train, epochs=4, batch_size=64, optimizer="adam", lr=3e-3, progress=False)
+    x, y = test.images(), test.y
+    assert (target(x).argmax(1) == y).float().mean() > 0.7  # chance is 0.1
+    target.register_forward_hook(lambda m, a, out: seen.append(len(out)))
+    full = craft(target, partial(pgd, eps=8 / 255, steps=20, keep="best"), x, y)[1]
+    cost, seen[:] = sum(seen), []
+    assert torch.equal(full, craft(target, partial(pgd, eps=8 / 255, steps=20, keep="first"), x, y)[1]) and sum(seen) <= cost / 2
 
 
 def test_budgets_grow_with_the_profile():
