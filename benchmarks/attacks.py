@@ -36,7 +36,7 @@ ATTACKS = {
 L2 = ("deepfool", "cw", "ddn", "fmn-l2")
 VARIABLE = ("apgd-ce", "deepfool", "square")  # images leave, so that their steps are not fixed
 STOPS_EARLY = (("cw", "torchattacks"),)  # it does less, so it is timed but runs in no race
-SPENT = 12.0  # seconds on ours over all rounds, where that leaves more rounds than the fewest
+SPENT = 8.0  # seconds on ours over all rounds, where that leaves more rounds than the fewest
 RESTS = (1.6, 1.3)  # times our seconds, after one round and after two
 
 
