@@ -45,15 +45,18 @@ def speed() -> str:
     """Seconds of our attacks over those of their bare passes, and over the fastest peer's (benchmarks/attacks.py)."""
     rows, source = _benchmark("attacks_speed")
     ours = {(r["network"], r["attack"]): r for r in rows if r["system"] == "advlab"}
+    own = {(r["network"], r["attack"]): r for r in _rows("attacks_overhead", "benchmark")}
     race = {(r["network"], r["attack"]): r for r in rows if r["unit"] == "ratio"}
     lines = []
     for key, r in ours.items():
         against = race.get(key)
         lines.append([key[1], key[0], f"{r['forward_passes']:.1f} + {r['backward_passes']:.1f}", f"{r['ratio_bare']:.2f}",
+                      f"{own[key]['value']:.2f} [{own[key]['low']:.2f}, {own[key]['high']:.2f}]" if key in own else "-",
                       f"{against['value']:.2f} [{against['low']:.2f}, {against['high']:.2f}] {against['peer']}" if against else "-",
                       f"{r['peak_ratio']:.2f}"])
-    header = ["attack", "network", "passes an image", "time / bare passes", "time / fastest peer [quartiles]", "memory / bare pass"]
-    return f"{markdown(header, lines)}\n\nBatches of {rows[-1]['n']}, medians of interleaved rounds. {source}"
+    header = ["attack", "network", "passes an image", "time / bare passes", "time / its own passes", "time / fastest peer",
+              "memory / bare pass"]
+    return f"{markdown(header, lines)}\n\nBatches of {rows[-1]['n']}, medians [quartiles]; interleaved rounds, but for the own passes. {source}"
 
 
 def strength() -> str:

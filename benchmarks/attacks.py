@@ -4,7 +4,9 @@ Within an attack, rounds go through all contestants in turn, and through the bar
 forward and backward, with frozen parameters and nothing else. `ratio_bare` is the median over rounds of seconds over that replay's, taken next to
 it, and the verdict the median over rounds of ours over the fastest peer's, with quartiles. Short attacks get more rounds, as the machine may have
 other work. A peer that took over 1.6 times as long as ours in one round, or 1.3 times in two, rests. Memory is the peak of what is allocated at one
-time during a short run, over that of one bare forward and backward pass."""
+time during a short run, over that of one bare forward and backward pass.
+
+--overhead measures something else, which other work on the machine hardly touches: a run's seconds over those spent inside its own passes."""
 
 import gc
 import math
@@ -15,6 +17,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from peers import Budget, Events, Run, absent, calibrate, call, correct, count, installed, lineup, network, options, passes, quartiles
@@ -82,6 +85,39 @@ def time_of(f: Callable[[], object], model: nn.Module, on: Tensor, calls: int) -
         total += clock(on) - start
         model.zero_grad(set_to_none=True)
     return total / calls
+
+
+def own(f: Callable[[], object], model: nn.Module, on: Tensor) -> float:
+    """Seconds of f() over those of them that went into the model's forward passes and into autograd: 1 for an attack that costs its passes alone.
+    Both come from the same run, so that other work on the machine changes the ratio little."""
+    inside, began = 0.0, 0.0
+
+    def begin(*_):
+        nonlocal began
+        began = clock(on)
+
+    def end(*_):
+        nonlocal inside
+        inside += clock(on) - began
+
+    def timed(function):
+        def run(*arguments, **options):
+            begin()
+            out = function(*arguments, **options)
+            end()
+            return out
+        return run
+
+    hooks = model.register_forward_pre_hook(begin), model.register_forward_hook(end)
+    with patch.object(torch.autograd, "grad", timed(torch.autograd.grad)), patch.object(torch.autograd, "backward", timed(torch.autograd.backward)):
+        torch.manual_seed(0)
+        start = clock(on)
+        f()
+        total = clock(on) - start
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    return total / inside
 
 
 def peak(f: Callable[[], object], x: Tensor) -> int:
@@ -160,6 +196,15 @@ def race(entered: list[Entry], y: Tensor, *, rounds: int, least: float) -> list[
     return racers
 
 
+def overhead(attack: str, budget: Budget, model: nn.Module, x: Tensor, y: Tensor, *, network: str, rounds: int) -> list[dict]:
+    """A row: what a run of ours costs over its own passes, median and quartiles over rounds."""
+    run = lineup(attack, model, budget, ["advlab"])["advlab"]
+    ratios = quartiles([own(partial(call, run, model, x, y), model, y) for _ in range(rounds)])
+    print(f"{attack:9} {network:22} {ratios['value']:.3f} [{ratios['low']:.3f}, {ratios['high']:.3f}] times its own passes")
+    return [report.row(exhibit="benchmark", system="advlab", attack=attack, unit="ratio", n=len(x), seed=budget.seed, network=network,
+                       repetitions=rounds, **ratios)]
+
+
 def measure(attack: str, budget: Budget, models: dict[str, nn.Module], x: Tensor, y: Tensor, versions: dict, *, network: str, rounds: int,
             least: float) -> list[dict]:
     """One attack on one network: a row for each contestant, and the verdict."""
@@ -211,12 +256,13 @@ def show(rows: Sequence[dict]) -> None:
 
 def main() -> None:
     given, started = options("Time every attack beside its peers and beside the bare passes.", ATTACKS,
-                             variants="also pgd on the model with contiguous weights, and with batch norm folded"), time.time()
+                             variants="also pgd on the model with contiguous weights, and with batch norm folded",
+                             overhead="only what ours cost over their own passes; attacks_overhead.json"), time.time()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler tells of every start and stop
     quick = given.quick
     batch, rounds, least = (8, 2, 0.0) if quick else (64, 5, 0.25)
     versions, missing = installed()
-    rows = absent(missing)
+    rows = [] if given.overhead else absent(missing)
     for arch, (width, shape, training) in NETWORKS.items():
         if quick:
             width, training = 4, {"limit": 200, "epochs": 1, "batch_size": 50}
@@ -229,18 +275,21 @@ def main() -> None:
             budget = replace(ATTACKS[attack], eps=eps)
             if quick:
                 budget = replace(budget, steps=min(budget.steps, 3), queries=5)
+            if given.overhead:
+                rows += overhead(attack, budget, model, x, y, network=net, rounds=rounds)
+                continue
             models = {"": model} | (variants(model, x) if given.variants and attack == "pgd" else {})
             new = measure(attack, budget, models, x, y, versions, network=net, rounds=rounds, least=least)
             show(new)
             rows += new
-    if fixed := [r for r in rows if r["system"] == "advlab" and r["attack"] not in VARIABLE]:
+    if fixed := [r for r in rows if r["system"] == "advlab" and r["attack"] not in VARIABLE and not given.overhead]:
         worst = max(fixed, key=lambda r: r["peak_ratio"])
         print(f"\npeak memory of our fixed-step attacks: at most {worst['peak_ratio']:.2f} times a forward and backward pass ({worst['attack']})")
     parameters = {"quick": quick, "rounds": rounds, "batch": batch, "libraries": ", ".join(f"{k} {v}" for k, v in versions.items()),
                   "missing": ", ".join(missing) or None}
     info = report.run_info(parameters, 0, started, device=given.device)
     profile = "standard" if not quick and set(given.attack) == set(ATTACKS) else "smoke"  # a part is not published
-    where = report.save_results("attacks_speed", rows, run=info, profile=profile, dataset="benchmark")
+    where = report.save_results("attacks_overhead" if given.overhead else "attacks_speed", rows, run=info, profile=profile, dataset="benchmark")
     print(f"{len(rows)} rows in {where}, after {info['seconds']:.0f} s")
 
 
