@@ -265,7 +265,7 @@ def main() -> None:
     rows = [] if given.overhead else absent(missing)
     for arch, (width, shape, training) in NETWORKS.items():
         if quick:
-            width, training = 4, {"limit": 200, "epochs": 1, "batch_size": 50}
+            width, training = 8, {"limit": 200, "epochs": 1, "batch_size": 50}
         model = network(arch, width, shape, optimizer="adam", lr=3e-3, progress=False, device=given.device, **training)
         x, y = correct(model, shape, batch)
         net = f"{arch} w{width} {'x'.join(map(str, shape))}"

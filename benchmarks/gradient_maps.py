@@ -66,7 +66,7 @@ def main() -> None:
     batch, rounds, rows = (8, 2, []) if given.quick else (64, 7, [])
     for arch, (width, shape, training) in NETWORKS.items():
         if given.quick:
-            width, training = 4, {"limit": 200, "epochs": 1, "batch_size": 50}
+            width, training = 8, {"limit": 200, "epochs": 1, "batch_size": 50}
         model = network(arch, width, shape, optimizer="adam", lr=3e-3, progress=False, device=given.device, **training)
         x, _ = correct(model, shape, batch)
         for label, variant in {"": model, " folded": folded(model).to(memory_format=torch.channels_last)}.items():
