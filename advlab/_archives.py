@@ -59,8 +59,8 @@ class LazyImages:
             list(pool.map(fill, range(0, len(out), 64)))
         return out.reshape(*chosen.shape, *self.shape[1:])
 
-    def take(self, chosen: Tensor) -> "LazyImages":
-        return LazyImages([self.sources[i] for i in chosen.tolist()], self.size)
+    def take(self, chosen: slice | Tensor) -> "LazyImages":
+        return LazyImages([self.sources[i] for i in torch.arange(len(self))[chosen].tolist()], self.size)
 
     def chunks(self) -> Iterator[bytes]:
         """What identifies the images without decoding them: a file's class, name and length, or the encoded bytes."""

@@ -46,16 +46,17 @@ class Dataset:
 
     def take(self, n: int) -> "Dataset":
         """The first `n` images, with a digest of their own."""
-        return self._part(torch.arange(min(n, len(self))))
+        return self._part(slice(n))
 
-    def first_classes(self, k: int) -> "Dataset":
-        """The images of the first `k` classes, with a digest of their own. DataError where there are fewer classes or none of their images."""
-        chosen = (self.y < k).nonzero().squeeze(1)
+    def first_classes(self, k: int, limit: int | None = None) -> "Dataset":
+        """The images of the first `k` classes, at most the first `limit` of them, with a digest of their own. DataError where there are fewer
+        classes or none of their images."""
+        chosen = (self.y < k).nonzero().squeeze(1)[:limit]
         if k > self.num_classes or not len(chosen):
             raise DataError(f"{self.name} has {self.num_classes} classes, {len(self.y.unique())} of them in its {self.split} split: no first {k}")
         return replace(self._part(chosen), classes=self.classes[:k])
 
-    def _part(self, chosen: Tensor) -> "Dataset":
+    def _part(self, chosen: slice | Tensor) -> "Dataset":
         x = self.x.take(chosen) if isinstance(self.x, LazyImages) else self.x[chosen]
         return replace(self, x=x, y=self.y[chosen], digest=_digest(x, self.y[chosen]))
 
@@ -96,8 +97,8 @@ def load(name: str | os.PathLike, split: str = "train", *, size: int | None = No
         path = find(name, root) or _download.fetch(name, root, download=download)
         read = _archives.read_folder if path.is_dir() else _archives.read_npz
         x, y, names = read(path, split, size, None if classes else limit)
-    found = Dataset(Path(name).stem, split, x, y, names, "" if classes else _digest(x, y))
-    return found.first_classes(classes).take(limit or len(y)) if classes else found
+    found = Dataset(Path(name).stem, split, x, y, names, _digest(x, y))
+    return found.first_classes(classes, limit) if classes else found
 
 
 def batches(x: Tensor | LazyImages, y: Tensor, batch_size: int, *, shuffle: bool = False, generator: Generator | None = None,

@@ -1,4 +1,4 @@
-"""Speed and memory of every attack beside its peers' and beside the bare passes: `python benchmarks/attacks.py [--quick] [--variants]`.
+"""Speed and memory of every attack beside its peers' and beside the bare passes: `python benchmarks/attacks.py [--quick] [--variants] [--overhead]`.
 
 Within an attack, rounds go through all contestants in turn, and through the bare replay of the passes that each was seen to make: the same batches,
 forward and backward, with frozen parameters and nothing else. `ratio_bare` is the median over rounds of seconds over that replay's, taken next to
@@ -90,34 +90,24 @@ def time_of(f: Callable[[], object], model: nn.Module, on: Tensor, calls: int) -
 def own(f: Callable[[], object], model: nn.Module, on: Tensor) -> float:
     """Seconds of f() over those of them that went into the model's forward passes and into autograd: 1 for an attack that costs its passes alone.
     Both come from the same run, so that other work on the machine changes the ratio little."""
-    inside, began = 0.0, 0.0
+    moments = []  # at which passes begin and end, in turn
 
-    def begin(*_):
-        nonlocal began
-        began = clock(on)
-
-    def end(*_):
-        nonlocal inside
-        inside += clock(on) - began
+    def note(*_):
+        moments.append(clock(on))
 
     def timed(function):
         def run(*arguments, **options):
-            begin()
-            out = function(*arguments, **options)
-            end()
-            return out
+            note()
+            try:
+                return function(*arguments, **options)
+            finally:
+                note()
         return run
 
-    hooks = model.register_forward_pre_hook(begin), model.register_forward_hook(end)
-    with patch.object(torch.autograd, "grad", timed(torch.autograd.grad)), patch.object(torch.autograd, "backward", timed(torch.autograd.backward)):
-        torch.manual_seed(0)
-        start = clock(on)
-        f()
-        total = clock(on) - start
-    for hook in hooks:
-        hook.remove()
-    model.zero_grad(set_to_none=True)
-    return total / inside
+    backward = {name: timed(getattr(torch.autograd, name)) for name in ("grad", "backward")}
+    with model.register_forward_pre_hook(note), model.register_forward_hook(note), patch.multiple(torch.autograd, **backward):
+        total = time_of(f, model, on, 1)
+    return total / sum(end - begin for begin, end in zip(moments[::2], moments[1::2]))
 
 
 def peak(f: Callable[[], object], x: Tensor) -> int:
@@ -178,7 +168,9 @@ def race(entered: list[Entry], y: Tensor, *, rounds: int, least: float) -> list[
                 raise
             print(f"{entry.name} failed: {type(error).__name__}: {error}")
     ours, long = racers[0], first[racers[0].name] >= least
-    for k in range(rounds if not least else min(max(rounds, round(SPENT / max(first[ours.name], least))), 8 * rounds)):
+    if least:
+        rounds = min(max(rounds, round(SPENT / max(first[ours.name], least))), 8 * rounds)
+    for k in range(rounds):
         bares = {}
         for entry in racers:
             if k and entry is not ours and median(entry.seconds) > RESTS[k > 1] * median(ours.seconds):
@@ -196,13 +188,13 @@ def race(entered: list[Entry], y: Tensor, *, rounds: int, least: float) -> list[
     return racers
 
 
-def overhead(attack: str, budget: Budget, model: nn.Module, x: Tensor, y: Tensor, *, network: str, rounds: int) -> list[dict]:
+def overhead(attack: str, budget: Budget, model: nn.Module, x: Tensor, y: Tensor, *, network: str, rounds: int) -> dict:
     """A row: what a run of ours costs over its own passes, median and quartiles over rounds."""
     run = lineup(attack, model, budget, ["advlab"])["advlab"]
     ratios = quartiles([own(partial(call, run, model, x, y), model, y) for _ in range(rounds)])
     print(f"{attack:9} {network:22} {ratios['value']:.3f} [{ratios['low']:.3f}, {ratios['high']:.3f}] times its own passes")
-    return [report.row(exhibit="benchmark", system="advlab", attack=attack, unit="ratio", n=len(x), seed=budget.seed, network=network,
-                       repetitions=rounds, **ratios)]
+    return report.row(exhibit="benchmark", system="advlab", attack=attack, unit="ratio", n=len(x), seed=budget.seed, network=network,
+                      repetitions=rounds, **ratios)
 
 
 def measure(attack: str, budget: Budget, models: dict[str, nn.Module], x: Tensor, y: Tensor, versions: dict, *, network: str, rounds: int,
@@ -276,7 +268,7 @@ def main() -> None:
             if quick:
                 budget = replace(budget, steps=min(budget.steps, 3), queries=5)
             if given.overhead:
-                rows += overhead(attack, budget, model, x, y, network=net, rounds=rounds)
+                rows.append(overhead(attack, budget, model, x, y, network=net, rounds=rounds))
                 continue
             models = {"": model} | (variants(model, x) if given.variants and attack == "pgd" else {})
             new = measure(attack, budget, models, x, y, versions, network=net, rounds=rounds, least=least)

@@ -140,6 +140,7 @@ def test_dropping_fallen_images_costs_at_most_half_the_passes(net, batch):
     assert torch.equal(full, quick) and sum(seen) <= cost / 2
 
 
+@pytest.mark.slow
 def test_dropping_fallen_images_halves_the_passes_on_a_trained_classifier_at_8_of_255():
     train, test, seen = data.load("skimage10", limit=2000), data.load("skimage10", "test", limit=200), []
     with seeded(0):

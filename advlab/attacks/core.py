@@ -172,15 +172,20 @@ def l2(v: Tensor) -> Tensor:
 
 def project(x_adv: Tensor, x: Tensor, eps: Tensor, norm: str) -> Tensor:
     """x_adv brought back into the ball of radius eps (B, 1, 1, 1) round x and into [0, 1] (for l2: first the ball, then the box)."""
-    if norm == "linf":
-        return torch.clamp(x_adv, x - eps, x + eps).clamp_(0, 1)
-    delta = x_adv - x
-    return (x + delta * (eps / l2(delta).clamp_min(1e-12)).clamp_max(1)).clamp_(0, 1)
+    return within(x_adv, *ball(x, eps, norm), norm)
 
 
 def ball(x: Tensor, eps: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """For linf the lower and upper bound of every pixel, so that one clamp brings an image back; for l2 centre and radius."""
+    """What `within` takes: for linf the lower and upper bound of every pixel, so that one clamp brings an image back; for l2 centre and radius."""
     return ((x - eps).clamp_(min=0), (x + eps).clamp_(max=1)) if norm == "linf" else (x, eps)
+
+
+def within(x_adv: Tensor, low: Tensor, high: Tensor, norm: str) -> Tensor:
+    """`project` into a ball that was worked out before: its bounds, or for l2 its centre and radius."""
+    if norm == "linf":
+        return torch.clamp(x_adv, low, high)
+    delta = x_adv - low
+    return (low + delta * (high / l2(delta).clamp_min(1e-12)).clamp_max(1)).clamp_(0, 1)
 
 
 def steepest(grad: Tensor, norm: str) -> Tensor:

@@ -107,9 +107,8 @@ def _score(value: Tensor, fell: Tensor) -> Tensor:
 
 def _climb(x_t: Tensor, grad: Tensor, step: Tensor, ball: tuple[Tensor, Tensor], norm: str) -> Tensor:
     """One projected step of length `step` (B, 1, 1, 1) in the direction of steepest ascent."""
-    if norm == "linf":
-        return torch.clamp(torch.addcmul(x_t, step, grad.sign()), *ball)
-    return core.project(x_t + step * core.steepest(grad, norm), *ball, norm)
+    moved = torch.addcmul(x_t, step, grad.sign()) if norm == "linf" else x_t + step * core.steepest(grad, norm)
+    return core.within(moved, *ball, norm)
 
 
 def _walk(model, x, y, x_t, eps, step, steps, norm, objective, done, keep, decay, check):
@@ -243,7 +242,7 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
             f_mark, halved, ups, since = f_best, stalled, torch.zeros_like(ups), 0
         z = _climb(x_t, grad, step, ball, norm)
         x_new = torch.lerp(x_t, z, 0.75).add_(x_t - x_old, alpha=0.25) if t else z
-        x_old, x_t = x_t, z if t == 0 else torch.clamp(x_new, *ball) if norm == "linf" else core.project(x_new, *ball, norm)
+        x_old, x_t = x_t, core.within(x_new, *ball, norm) if t else z
     out[at], top[at] = x_best, f_best
     core.finish(bad)
     return out, top, verdict

@@ -84,14 +84,13 @@ def cw(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, search_steps: in
             return out
         best, least = x, torch.full_like(value, torch.inf)
         low, high, weight = torch.zeros_like(value), torch.full_like(value, torch.inf), torch.full_like(value, c)
-        w_0 = torch.atanh((2 * x - 1) * SHRINK)
+        w_0, one = torch.atanh((2 * x - 1) * SHRINK), x.new_ones(())
         tanh_0 = w_0.tanh()
         x_t, delta, w, tanh, hit = x, torch.zeros_like(x), w_0, tanh_0, torch.zeros_like(alive, dtype=torch.bool)
         for _ in range(search_steps):
             mean, square, won = torch.zeros_like(x), torch.zeros_like(x), torch.zeros_like(hit)
             for t in range(1, steps):
-                slope = torch.addcmul(x.new_ones(()), tanh, tanh, value=-1)
-                g = torch.addcmul(delta, core.rows(weight * ~hit), grad, value=-0.5).mul_(slope)
+                g = torch.addcmul(delta, core.rows(weight * ~hit), grad, value=-0.5).mul_(torch.addcmul(one, tanh, tanh, value=-1))
                 mean.lerp_(g, 0.1)
                 square.mul_(0.999).addcmul_(g, g, value=0.001)
                 scale = math.sqrt(1 - 0.999**t)

@@ -65,6 +65,8 @@ class Explorer(VBox):
     png: the picture's bytes, None where there is none. alt: what it shows, in words. status: the line above it. error: the exception that the last
     drawing met, or None. Set `explorer.controls[name].value`, then `wait()`."""
 
+    draw: Callable[..., tuple]
+
     def __init__(self, controls: Mapping[str, ipywidgets.Widget]):
         self.controls, self.png, self.alt, self.status, self.error = dict(controls), None, "", "", None
         self._idle = threading.Condition()  # guards what follows
@@ -82,9 +84,6 @@ class Explorer(VBox):
         self.add_class("advlab-explorer")
         self.add_class(type(self).__name__)
         self.refresh()
-
-    def draw(self, job: Job, **values):
-        raise NotImplementedError
 
     def refresh(self, _=None) -> None:
         """Draw anew with the controls' present values; a drawing under way is given up."""
