@@ -6,7 +6,8 @@ it, and the verdict the median over rounds of ours over the fastest peer's, with
 other work. A peer that took over 1.6 times as long as ours in one round, or 1.3 times in two, rests. Memory is the peak of what is allocated at one
 time during a short run, over that of one bare forward and backward pass.
 
---overhead measures something else, which other work on the machine hardly touches: a run's seconds over those spent inside its own passes."""
+--overhead measures something else, which other work on the machine hardly touches: a run's seconds over those spent inside its own passes, beside
+the same ratio of bare passes."""
 
 import gc
 import math
@@ -87,9 +88,9 @@ def time_of(f: Callable[[], object], model: nn.Module, on: Tensor, calls: int) -
     return total / calls
 
 
-def own(f: Callable[[], object], model: nn.Module, on: Tensor) -> float:
-    """Seconds of f() over those of them that went into the model's forward passes and into autograd: 1 for an attack that costs its passes alone.
-    Both come from the same run, so that other work on the machine changes the ratio little."""
+def own(f: Callable[[], object], model: nn.Module, on: Tensor, calls: int) -> float:
+    """Seconds of f() over those of them that went into the model's forward passes and into autograd. Both come from the same calls, so that other
+    work on the machine changes the ratio little. Bare passes are a little above 1: what they leave behind is freed outside."""
     moments = []  # at which passes begin and end, in turn
 
     def note(*_):
@@ -106,7 +107,7 @@ def own(f: Callable[[], object], model: nn.Module, on: Tensor) -> float:
 
     backward = {name: timed(getattr(torch.autograd, name)) for name in ("grad", "backward")}
     with model.register_forward_pre_hook(note), model.register_forward_hook(note), patch.multiple(torch.autograd, **backward):
-        total = time_of(f, model, on, 1)
+        total = calls * time_of(f, model, on, calls)
     return total / sum(end - begin for begin, end in zip(moments[::2], moments[1::2]))
 
 
@@ -188,10 +189,13 @@ def race(entered: list[Entry], y: Tensor, *, rounds: int, least: float) -> list[
     return racers
 
 
-def overhead(attack: str, budget: Budget, model: nn.Module, x: Tensor, y: Tensor, *, network: str, rounds: int) -> dict:
-    """A row: what a run of ours costs over its own passes, median and quartiles over rounds."""
-    run = lineup(attack, model, budget, ["advlab"])["advlab"]
-    ratios = quartiles([own(partial(call, run, model, x, y), model, y) for _ in range(rounds)])
+def overhead(attack: str, budget: Budget, model: nn.Module, x: Tensor, y: Tensor, *, network: str, rounds: int, least: float) -> dict:
+    """A row: what a run of ours costs over its own passes made bare, each first related to the seconds inside its own passes (`own`); median and
+    quartiles over rounds of at least `least` seconds each, after one to warm up."""
+    run = partial(lineup(attack, model, budget, ["advlab"])["advlab"], x, y)
+    replay, _ = bare(model, x, passes(run, model)[1])
+    calls, again = (max(1, math.ceil(least / time_of(f, model, y, 1))) for f in (run, replay))
+    ratios = quartiles([own(run, model, y, calls) / own(replay, model, y, again) for _ in range(rounds)])
     print(f"{attack:9} {network:22} {ratios['value']:.3f} [{ratios['low']:.3f}, {ratios['high']:.3f}] times its own passes")
     return report.row(exhibit="benchmark", system="advlab", attack=attack, unit="ratio", n=len(x), seed=budget.seed, network=network,
                       repetitions=rounds, **ratios)
@@ -268,7 +272,7 @@ def main() -> None:
             if quick:
                 budget = replace(budget, steps=min(budget.steps, 3), queries=5)
             if given.overhead:
-                rows.append(overhead(attack, budget, model, x, y, network=net, rounds=rounds))
+                rows.append(overhead(attack, budget, model, x, y, network=net, rounds=rounds, least=least))
                 continue
             models = {"": model} | (variants(model, x) if given.variants and attack == "pgd" else {})
             new = measure(attack, budget, models, x, y, versions, network=net, rounds=rounds, least=least)

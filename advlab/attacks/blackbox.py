@@ -36,9 +36,14 @@ def _integers(high: int, x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(high, (len(x), 1), generator=generator, device=generator.device).to(x.device)
 
 
+def _coins(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Fair coins (bool) of the given shape, on x's device."""
+    return torch.randint(2, shape, generator=generator, device=generator.device).to(x.device, torch.bool)
+
+
 def _signs(x: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Fair signs, -1 or 1, of x's dtype and the given shape."""
-    return torch.randint(2, shape, generator=generator, device=generator.device).to(x.device, x.dtype) * 2 - 1
+    return _coins(x, shape, generator).to(x.dtype) * 2 - 1
 
 
 def _share(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -86,8 +91,8 @@ def square(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", queri
                 best, score = torch.where(rows(rose), new, best), torch.where(rose, value, score)
                 used += 1
                 if done.any():
-                    out[alive[done]], on = new[done], ~done
-                    alive, ys, best, score, *ball = (v[on] for v in (alive, ys, best, score, *ball))
+                    out[alive[done]] = new[done]
+                    alive, ys, best, score, *ball = core.select(~done, alive, ys, best, score, *ball)
                 if trace is not None:
                     trace.append((used, len(alive)))
             better = score > top[alive]
@@ -97,18 +102,20 @@ def square(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", queri
 
 def _stripes(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
     """Vertical stripes one pixel wide, each channel of each at the lower or the upper bound."""
-    return torch.where(_signs(low, (*low.shape[:2], 1, low.shape[3]), generator) > 0, high, low)
+    return torch.where(_coins(low, (*low.shape[:2], 1, low.shape[3]), generator), high, low)
 
 
 def _recolour(low: Tensor, high: Tensor, best: Tensor, p: float, generator: torch.Generator) -> Tensor:
     """One square of side sqrt(p H W) moved to its lower or upper bound, a sign for each channel; signs that change nothing are turned round."""
-    height, width = low.shape[2:]
+    channels, height, width = low.shape[1:]
     side = min(max(round(math.sqrt(p * height * width)), 1), height, width)
-    r, c = (torch.arange(n, device=low.device) - _integers(n - side + 1, low, generator) for n in (height, width))
-    mask = ((r >= 0) & (r < side))[:, None, :, None] & ((c >= 0) & (c < side))[:, None, None, :]
-    up = _signs(low, (*low.shape[:2], 1, 1), generator) > 0
-    idle = ~(mask & (torch.where(up, high, low) != best)).flatten(1).any(1)
-    return torch.where(mask, torch.where(up ^ rows(idle), high, low), best)
+    r, c = (_integers(n - side + 1, low, generator) + torch.arange(side, device=low.device) for n in (height, width))
+    up = _coins(low, (*low.shape[:2], 1, 1), generator)
+    first = torch.arange(0, channels * height, height, device=low.device)[:, None, None]
+    at = ((first + r[:, None, :, None]) * width + c[:, None, None, :]).flatten(1)  # the square's pixels in a flat image
+    lows, highs, now = (v.flatten(1).gather(1, at).view(-1, channels, side, side) for v in (low, high, best))
+    idle = ~(torch.where(up, highs, lows) != now).flatten(1).any(1)
+    return best.flatten(1).scatter(1, at, torch.where(up ^ rows(idle), highs, lows).flatten(1)).view_as(best)
 
 
 def _bump(side: int, x: Tensor) -> Tensor:
@@ -125,7 +132,7 @@ def _bump(side: int, x: Tensor) -> Tensor:
 def _turned(x: Tensor, side: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Patterns (*shape, side, side), lying or standing by a fair coin for each."""
     bump = _bump(side, x)
-    return torch.where(_signs(x, (*shape, 1, 1), generator) > 0, bump, bump.mT)
+    return torch.where(_coins(x, (*shape, 1, 1), generator), bump, bump.mT)
 
 
 def _tiles(x: Tensor, eps: Tensor, generator: torch.Generator) -> Tensor:
@@ -198,7 +205,7 @@ def spsa(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, samples: 
             out[alive] = x_t
             on = ~core.fooled(model(x_t), ys, targeted)
             if not on.all():
-                alive, xs, ys, es, x_t, mean, square_mean = (v[on] for v in (alive, xs, ys, es, x_t, mean, square_mean))
+                alive, xs, ys, es, x_t, mean, square_mean = core.select(on, alive, xs, ys, es, x_t, mean, square_mean)
     return core.finish(out)
 
 
@@ -235,8 +242,8 @@ def genattack(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, popu
             elite = noise.take_along_dim(best[..., None, None, None], 1)
             out[alive], on = (xs + elite[:, 0]).clamp_(0, 1), peak[:, 0] < torch.inf
             if not on.all():
-                alive, xs, ys, es, fit, noise, peak, elite = (v[on] for v in (alive, xs, ys, es, fit, noise, peak, elite))
-                stale, plateaus = stale[on], plateaus[on]
+                alive, xs, ys, es, fit, noise, peak, elite, stale, plateaus = core.select(
+                    on, alive, xs, ys, es, fit, noise, peak, elite, stale, plateaus)
             if step == steps or not len(alive):
                 break
             chance = (fit / temperature).softmax(1)

@@ -71,16 +71,19 @@ def _attack(model, x, y, eps, *, steps, norm, loss, targeted, step_size=None, sh
     def done(logits: Tensor, labels: Tensor) -> Tensor:
         return success(logits, labels, targeted)
 
+    def walk(x, y, eps, step, check=True):
+        x_0 = core.random_start(x, eps, norm, generator) if random_init else x
+        return _walk(model, x, y, x_0, eps, step, steps, norm, objective, done, keep, decay, check)
+
     x = x.detach()
     with core.attacking(model):
+        if restarts == 1:
+            return core.finish(walk(x, y, eps, step)[0])
         best, worst = x.clone(), torch.full(x.shape[:1], -torch.inf, device=x.device)
         alive = torch.arange(len(x), device=x.device)
         for attempt in range(restarts):
-            xs, ys, es = x[alive], y[alive], eps[alive]
-            x_0 = core.random_start(xs, es, norm, generator) if random_init else xs
-            x_t, judged = _walk(model, xs, ys, x_0, es, step[alive], steps, norm, objective, done, keep, decay, check=attempt == 0)
-            if restarts == 1:
-                return core.finish(x_t)
+            ys = y[alive]
+            x_t, judged = walk(x[alive], ys, eps[alive], step[alive], check=attempt == 0)
             if judged is None:
                 judged = _judge(model, x_t, ys, objective, done)
             score, fell = judged
@@ -127,9 +130,8 @@ def _walk(model, x, y, x_t, eps, step, steps, norm, objective, done, keep, decay
             best[alive] = x_t
             score[alive] = _score(value, fell)
             if fell.any():
-                on = ~fell
-                alive, y, x_t, step, grad, *ball = (v[on] for v in (alive, y, x_t, step, grad, *ball))
-                velocity = velocity[on] if velocity is not None else None
+                velocity = velocity[~fell] if velocity is not None else None
+                alive, y, x_t, step, grad, *ball = core.select(~fell, alive, y, x_t, step, grad, *ball)
                 if not len(alive):
                     break
         if decay is not None:
@@ -225,14 +227,13 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
         done = core.fooled(logits, y[index], targeted)
         ups, since = ups + (value > f_old), since + 1
         rose = value > f_best
-        x_best, g_best = (torch.where(core.rows(rose), a, b) for a, b in ((x_t, x_best), (grad, g_best)))
         f_best, f_old = torch.where(rose, value, f_best), value
         if done.any():
-            on, left = ~done, at[done]
-            out[left], top[left], verdict[left] = x_t[done], f_best[done], True
-            at, index, x_t, x_old, x_best, *ball = (v[on] for v in (at, index, x_t, x_old, x_best, *ball))
-            grad, g_best, step, ups, halved = (v[on] for v in (grad, g_best, step, ups, halved))
-            f_old, f_best, f_mark = (v[on] for v in (f_old, f_best, f_mark))
+            left, *fallen = core.select(done, at, x_t, f_best)
+            out[left], top[left], verdict[left] = *fallen, True
+            at, index, x_t, x_old, x_best, grad, g_best, step, ups, rose, halved, f_old, f_best, f_mark, *ball = core.select(
+                ~done, at, index, x_t, x_old, x_best, grad, g_best, step, ups, rose, halved, f_old, f_best, f_mark, *ball)
+        x_best, g_best = (torch.where(core.rows(rose), a, b) for a, b in ((x_t, x_best), (grad, g_best)))
         if t == steps or not len(at):
             break
         if t in marks:  # too few rises, or no better point since the last mark (late: in any case) unless the step was halved there
