@@ -23,11 +23,11 @@ RECIPES = {
         "holdout": {"arch": "small_cnn", "width": 5, "epochs": 1, "optimizer": "adam", "lr": 3e-3},
     },
     "quick": {
-        "target": {"arch": "small_cnn", "width": 16, "epochs": 8, "optimizer": "adam", "lr": 3e-3, "weight_decay": 1e-4},
-        "adversarial": {"arch": "small_cnn", "width": 16, "epochs": 8, "optimizer": "adam", "lr": 3e-3, "weight_decay": 1e-4, "method": "fast_fgsm"},
-        "partner": {"arch": "small_cnn", "width": 12, "epochs": 5, "optimizer": "adam", "lr": 3e-3},
-        "second_partner": {"arch": "small_cnn", "width": 8, "epochs": 5, "optimizer": "adam", "lr": 3e-3},
-        "holdout": {"arch": "small_cnn", "width": 20, "epochs": 4, "optimizer": "adam", "lr": 3e-3},
+        "target": {"arch": "small_cnn", "width": 8, "epochs": 12, "optimizer": "adam", "lr": 3e-3, "weight_decay": 1e-4},
+        "adversarial": {"arch": "small_cnn", "width": 8, "epochs": 10, "optimizer": "adam", "lr": 3e-3, "weight_decay": 1e-4, "method": "fast_fgsm"},
+        "partner": {"arch": "small_cnn", "width": 10, "epochs": 4, "optimizer": "adam", "lr": 3e-3},
+        "second_partner": {"arch": "small_cnn", "width": 6, "epochs": 6, "optimizer": "adam", "lr": 3e-3},
+        "holdout": {"arch": "small_cnn", "width": 12, "epochs": 4, "optimizer": "adam", "lr": 3e-3},
     },
     "standard": {
         "target": {"arch": "resnet18", "width": 16, "epochs": 8, "lr": 0.2},
