@@ -9,6 +9,8 @@ BENCH := .venv-bench
 RUN  := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up
 
+unexport PYTHONDONTWRITEBYTECODE  # else every kernel and test worker would compile torch, pandas and matplotlib anew
+
 .PHONY: help setup reproduce dry-run resume report test lint lab notebooks bench lock clean
 .DEFAULT_GOAL := help
 

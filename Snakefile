@@ -41,6 +41,7 @@ for name, values in values_of.items():
         params:
             *pipeline.sources(name),
             values=json.dumps(values),
+        priority: pipeline.behind(name, values_of)
         threads: asked["threads"]
         resources:
             mem_mb=MEMORY.get(profile, 6000),

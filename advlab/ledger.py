@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from advlab import paths, reference, report
+from advlab.reference import exclusions as excluded
 
 # paper: its last notebook, the system that stands for it in the comparison
 LAST = {"HGD": ("13_hgd_adaptive", "LGD"), "S2S": ("22_s2s_counterfactuals", "S2S"), "GRED": ("33_gred_white_box", "GRED"),
@@ -129,7 +130,7 @@ def untrained(profile: str) -> dict[str, str]:
 
 def exclusions(profile: str) -> dict[str, str]:
     """The exhibits that a profile may lack, with the reason, from reference/exclusions.csv."""
-    return {r["exhibit"]: r["reason"] for r in reference.exclusions() if r["profile"] == profile}
+    return {r["exhibit"]: r["reason"] for r in excluded.listed() if r["profile"] == profile}
 
 
 def unexplained(profile: str) -> list[str]:

@@ -35,6 +35,15 @@ def before(name: str, names: Sequence[str]) -> list[str]:
     return [n for n in earlier if n[0] == name[0]][-1:] or [n for n in earlier if n[:2] == "00"]
 
 
+def behind(name: str, names: Sequence[str]) -> int:
+    """How many notebooks among `names` wait for one, directly or not: the longer the chain behind it, the sooner it should start."""
+    chain = {name}
+    for other in sorted(names):
+        if chain.intersection(before(other, names)):
+            chain.add(other)
+    return len(chain) - 1
+
+
 def sources(name: str) -> list[str]:
     """What the results of a notebook depend on, as "what digest": its code cells, and every module of the package that it uses."""
     cells = "\n".join(source for source, _ in series.code_cells(name))
@@ -53,14 +62,16 @@ def sources(name: str) -> list[str]:
 
 @functools.cache
 def _module(name: str) -> tuple[str, set[str]]:
-    """Digest of a module's code (comments and docstrings apart) and of the data files in a package, and the modules that it imports."""
+    """Digest of a module's code (comments and docstrings apart) and of its tables, and the modules that it imports. A module's table has its name;
+    a package has those that are no module's."""
     file = _file(name)
     tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     imported = _imported(tree, name if file.name == "__init__.py" else name.rpartition(".")[0])
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
-    tables = sorted(file.parent.glob("*.csv")) if file.name == "__init__.py" else []
+    around = sorted(file.parent.glob("*.csv"))
+    tables = [t for t in around if (not t.with_suffix(".py").exists() if file.name == "__init__.py" else t.stem == file.stem)]
     return _digest(ast.dump(tree), *(table.read_text(encoding="utf-8") for table in tables)), imported
 
 
@@ -95,6 +106,7 @@ def copy_of(name: str, profile: str, values: Mapping[str, Any]) -> Path:
 def step(name: str, profile: str, values: Mapping[str, Any], stamp: Path | None = None) -> None:
     """Execute one notebook with papermill, then write its stamp, also to `stamp` where Snakemake keeps its files elsewhere. The copy is saved after
     every cell, so that a failure leaves it; SeriesError then names notebook, cell and file, and says how to go on."""
+    sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema's test of addresses, of which notebooks have none: it takes 2.5 s to import
     import papermill
     from nbclient.exceptions import DeadKernelError
 

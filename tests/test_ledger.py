@@ -3,6 +3,7 @@
 import pytest
 
 from advlab import ledger, paths, reference, report
+from advlab.reference import exclusions
 
 RUN = {"parameters": {}, "seed": 0, "device": "cpu", "threads": 1, "versions": {}, "commit": None, "seconds": 1.0}
 
@@ -91,14 +92,14 @@ def test_one_complete_data_set_is_enough(made):
 def test_exclusions_must_name_every_gap_and_nothing_else(made, monkeypatch):
     made(left_out=["HGD-T2", "HGD-T3"])
     listed = [{"exhibit": e, "profile": "quick", "reason": "because"} for e in ("HGD-T2", "TRN-T1", "HGD-T99")]
-    monkeypatch.setattr(reference, "exclusions", lambda: listed)
+    monkeypatch.setattr(exclusions, "listed", lambda: listed)
     assert [line.split(":")[0] for line in ledger.unexplained("quick")] == ["HGD-T3", "TRN-T1", "HGD-T99"]
     listed[:] = [{"exhibit": e, "profile": p, "reason": "because"} for e, p in (("HGD-T2", "quick"), ("HGD-T3", "quick"), ("TRN-T1", "paper"))]
     assert ledger.unexplained("quick") == []
 
 
 def test_every_exclusion_gives_a_profile_and_a_reason():
-    listed = reference.exclusions()
+    listed = exclusions.listed()
     assert all(r["profile"] in ledger.ENOUGH and r["reason"] for r in listed)
     assert len({(r["exhibit"], r["profile"]) for r in listed}) == len(listed)
 

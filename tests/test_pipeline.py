@@ -82,6 +82,8 @@ def test_00_comes_before_all_a_papers_notebooks_in_order_and_the_comparison_afte
     found = {name[:2]: [n[:2] for n in pipeline.before(name, names)] for name in names}
     assert found == {"00": [], "01": ["00"], "02": ["00"], "10": ["00"], "11": ["10"], "13": ["11"], "20": ["00"],
                      **{last: ["00", "01", "02", "10", "11", "13", "20"] for last in ("90", "91", "92", "95")}}
+    waiting = {name[:2]: pipeline.behind(name, names) for name in names}
+    assert waiting == {"00": 10, "01": 4, "02": 4, "10": 6, "11": 5, "13": 4, "20": 4, "90": 0, "91": 0, "92": 0, "95": 0}
     assert pipeline.before("11_e", ["11_e"]) == [] and pipeline.before("13_f", ["13_f", "10_d"]) == ["10_d"]
 
 
@@ -103,7 +105,8 @@ def package(tmp_path, monkeypatch):
                        "tables/__init__": "from . import inner\n", "tables/inner": "y = 1\n"}.items():
         (tmp_path / "advlab/tables").mkdir(parents=True, exist_ok=True)
         (tmp_path / f"advlab/{file}.py").write_text(text)
-    (tmp_path / "advlab/tables/t.csv").write_text("1\n")
+    for table in ("t", "inner"):
+        (tmp_path / f"advlab/tables/{table}.csv").write_text("1\n")
     notebook(tmp_path, "00_first", "def g():\n    from advlab import a\n", "%matplotlib inline\nimport advlab.tables")
     monkeypatch.setattr(paths, "SOURCE", tmp_path)
     monkeypatch.setattr(paths, "notebooks", lambda: tmp_path)
@@ -119,7 +122,8 @@ def test_sources_follow_imports_wherever_they_stand(package):
 
 @pytest.mark.parametrize(("file", "old", "new", "changed"), [
     ("b.py", "return 1", "return 2", {"advlab.b"}), ("b.py", "Old", "New", set()), ("b.py", "return 1", "return 1  # one", set()),
-    ("c.py", "1", "2", set()), ("tables/inner.py", "1", "2", {"advlab.tables.inner"}), ("tables/t.csv", "1", "2", {"advlab.tables"})])
+    ("c.py", "1", "2", set()), ("tables/inner.py", "1", "2", {"advlab.tables.inner"}), ("tables/t.csv", "1", "2", {"advlab.tables"}),
+    ("tables/inner.csv", "1", "2", {"advlab.tables.inner"})])
 def test_sources_change_with_code_and_tables_not_with_comments_and_docstrings(package, file, old, new, changed):
     pipeline._module.cache_clear()
     before = set(pipeline.sources("00_first"))

@@ -15,7 +15,8 @@ HERE = Path(__file__).resolve().parent
 NUMERIC = ("eps", "value", "steps", "blocks", "removed")
 
 
-def _read(name: str) -> list[dict]:
+def read(name: str) -> list[dict]:
+    """A file of this folder, one dict a row, numbers as floats and empty cells None."""
     with open(HERE / name, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -30,12 +31,7 @@ def _read(name: str) -> list[dict]:
 def exhibits() -> list[dict]:
     """The 45 exhibits in the papers' order: id, paper, exhibit (as the paper calls it), what, notebook (the one that holds it), figure
     (the slug of its figure there, None where it is a table only)."""
-    return _read("exhibits.csv")
-
-
-def exclusions() -> list[dict]:
-    """What a profile may lack: exhibit, profile and the reason. A test wants every gap here, and nothing else."""
-    return _read("exclusions.csv")
+    return read("exhibits.csv")
 
 
 def table(exhibit: str) -> list[dict]:
@@ -45,7 +41,7 @@ def table(exhibit: str) -> list[dict]:
     if exhibit not in known:
         raise ValueError(f"unknown exhibit {exhibit!r}; known are {', '.join(known)}")
     name = exhibit.lower().replace("-", "_") + ".csv"
-    return _read(name) if (HERE / name).exists() else []
+    return read(name) if (HERE / name).exists() else []
 
 
 def paper_value(exhibit: str, /, *, as_fraction: bool = False, **where) -> float | None:
