@@ -36,6 +36,7 @@ PLAIN = {  # what a failed check means
     "no gradients inside forward": "the defence takes gradients itself: an attack must differentiate through them, or it sees a constant",
     "white box is strongest": "images that stood every white-box attack fell to queries or transfer: the white box is too weak, the gradients masked",
 }
+ENOUGH = 16  # images behind the checks: of fewer, hardly any outcome lies outside the others' intervals
 WARNING = ("no gradients inside forward",)  # tells how to attack, not that the attack failed
 
 
@@ -45,8 +46,8 @@ class AuditError(ValueError):
 
 @dataclass(frozen=True)
 class Audit:
-    """climbed: the ladder. curves: rows of PGD against eps and against steps, `curve` says which. checks: rows of advlab.sanity. finished: False
-    after an interrupt, which keeps the rungs that were done. worst: the last row."""
+    """climbed: the ladder. curves: rows of PGD against eps and against steps, `curve` says which. checks: rows of advlab.sanity, on `probed` images.
+    finished: False after an interrupt, which keeps the rungs that were done. worst: the last row."""
 
     name: str
     climbed: Ladder
@@ -54,6 +55,7 @@ class Audit:
     checks: list[dict]
     x: Tensor
     finished: bool = True
+    probed: int = 0
 
     @property
     def worst(self) -> dict:
@@ -62,7 +64,8 @@ class Audit:
     def verdict(self) -> str:
         """The worst case and whether the checks let it stand, in a sentence."""
         r, bad = self.worst, [c for c in self.checks if not c["passed"] and c["check"] not in WARNING]
-        trust = ("The run was interrupted: what has not run may leave less." if not self.finished else "No check failed." if not bad else
+        few = f" on {self.probed} images" + (", which are too few to tell" if self.probed < ENOUGH else "")
+        trust = ("The run was interrupted: what has not run may leave less." if not self.finished else f"No check failed{few}." if not bad else
                  f"{len(bad)} check{'s' * (len(bad) > 1)} failed, so that this is an upper bound that a better attack will lower.")
         return f"{100 * r['value']:.1f} % [{100 * r['low']:.1f}, {100 * r['high']:.1f}] of {r['n']} images stand the worst case. {trust}"
 
@@ -178,7 +181,7 @@ def audit(defence: nn.Module, parts: Parts, x: Tensor, y: Tensor, budget: Budget
     if last.rows[-1]["threat"] != "worst case":
         end = {"threat": "worst case", "attack": "all", "rung": len(last.rows), "worst": last.standing.double().mean().item()}
         last.rows.append(last.rows[-1] | evaluation.score(last.standing[None]) | end)
-    return Audit(name, last, curves, checks, x, finished)
+    return Audit(name, last, curves, checks, x, finished, min(probe, len(x)))
 
 
 def _ways(defence: nn.Module, parts: Parts, budget: Budget) -> dict[str, nn.Module]:
@@ -195,7 +198,7 @@ def _curves(defence, ways, budget: Budget, x, y, *, eps: float, norm: str, seed:
     points += [("steps", eps, n) for n in sorted({1, max(1, budget.steps // 4), budget.steps, 2 * budget.steps})]
     for way, model in ways.items():
         for curve, at, steps in points:
-            attack = partial(pgd, eps=at, norm=norm, steps=steps, keep="first")
+            attack = partial(pgd, eps=at, norm=norm, steps=steps, keep="first" if draws == 1 else "last")
             r = evaluation.robustness(defence, attack, x, y, surrogate=model, draws=draws, batch_size=batch_size)
             yield report.row(exhibit="ladder", system=way, threat="curve", attack="pgd", norm=norm, eps=at, steps=steps, seed=seed, curve=curve,
                              audited=name, **r)
@@ -228,7 +231,8 @@ def text(found: Audit, about: str = "") -> str:
     lines = [f"# Audit of {found.name}", about, found.verdict(), "## The ladder", "Each rung attacks the images that still stand.",
              markdown(("rung", "attacker", "attack", "left", "fell"), rungs), "## Checks"]
     lines += [f"- **{c['check']}** ({'warning' if c['check'] in WARNING else 'failed'}): {PLAIN.get(c['check'], '')} ({c['reading']})" for c in bad]
-    lines += [f"{len(found.checks) - len(bad)} of {len(found.checks)} checks passed." if found.checks else "The checks have not run."]
+    passed = f"{len(found.checks) - len(bad)} of {len(found.checks)} checks passed, on {found.probed} images."
+    lines.append(passed if found.checks else "The checks have not run.")
     titles = {"eps": "Accuracy against the budget", "steps": "Accuracy against the steps", "fell": "Images that fell, and to what"}
     return "\n\n".join([*lines, *(f"## {titles[name]}\n\n![{titles[name]}](audit-{name}.png)" for name in figures(found))]) + "\n"
 

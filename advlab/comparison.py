@@ -14,7 +14,7 @@ from advlab.data import Dataset
 from advlab.evaluation import BUDGETS, Budget, Parts
 
 EPS = 8 / 255
-VERSION = 1  # raise it when ladder or attacks change, so that kept yardsticks are climbed anew
+VERSION = 2  # raise it when ladder or attacks change, so that kept yardsticks are climbed anew
 
 
 def climb(defence: nn.Module, parts: Parts, profile: str, x: Tensor, y: Tensor, *, system: str, seed: int = 0, eps: float = EPS) -> evaluation.Ladder:

@@ -119,7 +119,8 @@ class Parts:
 
     classifier: the undefended classifier, attacked by one who does not know the defence. restorer: with classifier, the defence is
     classifier(restorer(x)), which BPDA takes apart. surrogates: models to transfer from, robust ones too. random: the defence draws at random.
-    paper: the paper's own white-box attacks, name to function of (model, x, y). differentiable=False leaves out end-to-end gradients."""
+    paper: the paper's own white-box attacks, name to function of (model, x, y); adaptive: further ones made for this defence. differentiable=False
+    leaves out end-to-end gradients."""
 
     classifier: nn.Module | None = None
     restorer: nn.Module | None = None
@@ -127,12 +128,13 @@ class Parts:
     random: bool = False
     differentiable: bool = True
     paper: Mapping[str, Callable] = field(default_factory=dict)
+    adaptive: Mapping[str, Callable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """rows: one for each rung, then the worst case. standing (B,): images that no attack felled. x_adv: the image that fooled the defence, or
-    x. fell_to: the rung that felled each image ("clean" where it was wrong before, "" where it stands)."""
+    """rows: one for each rung, then the worst case. standing (B,): images that no attack felled. x_adv: the image that did, or that
+    fooled a random defence most often, or x. fell_to: the rung that felled each image ("clean" where it was wrong before, "" where it stands)."""
 
     rows: list[dict]
     standing: Tensor
@@ -147,7 +149,8 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
           generator: torch.Generator | None = None) -> list[tuple[str, str, Callable, Model | None]]:
     """The attacks that apply, cheapest and weakest first: (threat, name, attack, surrogate)."""
     def strong(loss=core.cross_entropy):
-        return partial(pgd, eps=eps, norm=norm, steps=budget.steps, restarts=budget.restarts, loss=loss, keep="first", generator=generator)
+        keep = "last" if parts.random else "first"  # or an image would leave at the first lucky draw
+        return partial(pgd, eps=eps, norm=norm, steps=budget.steps, restarts=budget.restarts, loss=loss, keep=keep, generator=generator)
 
     def averaged(model: Model) -> Model:
         return eot(model, budget.samples) if parts.random else model
@@ -156,6 +159,7 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
     if parts.classifier is not None:
         steps.append(("oblivious", "pgd", partial(pgd, eps=eps, norm=norm, steps=budget.steps, generator=generator), parts.classifier))
     steps += [("paper", name, attack, None) for name, attack in parts.paper.items()]
+    steps += [("adaptive", name, attack, None) for name, attack in parts.adaptive.items()]
     if parts.random and parts.differentiable:
         steps += [("end to end", "pgd-ce x1", strong(), defence)]
     if parts.differentiable:
@@ -164,7 +168,7 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
         identity = averaged(bpda(parts.restorer, parts.classifier))
         steps += [("bpda", "pgd-ce identity", strong(), identity), ("bpda", "pgd-margin identity", strong(margin), identity)]
     if parts.differentiable and isinstance(defence, nn.Module) and any(isinstance(m, nn.ReLU) for m in defence.modules()):
-        steps.append(("bpda", "pgd-ce smooth", strong(), averaged(smooth(defence))))
+        steps.append(("bpda", "pgd-ce smooth", strong(), averaged(bpda(defence, nn.Identity(), smooth(defence)))))  # judged by the defence itself
     if parts.differentiable:
         common = {"eps": eps, "norm": norm, "steps": min(100, budget.steps), "generator": generator}
         steps.append(("autoattack", "apgd-ce", partial(apgd, **common), averaged(defence)))
@@ -175,8 +179,8 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
                       ("autoattack", "fmn", partial(fmn_targets, eps=eps, norm=norm, steps=common["steps"]), defence)]
     sources = {str(i): [surrogate] for i, surrogate in enumerate(parts.surrogates, 1)}
     sources |= {"all": list(parts.surrogates)} if len(sources) > 1 else {}
-    steps += [("transfer", f"mim-di from {name}", partial(transfer, surrogates=some, eps=eps, steps=budget.steps, generator=generator), None)
-              for name, some in sources.items()]
+    crafted = partial(transfer, eps=eps, norm=norm, steps=budget.steps, generator=generator)
+    steps += [("transfer", f"mim-di from {name}", partial(crafted, surrogates=some), None) for name, some in sources.items()]
     steps.append(("query", "square", partial(square, eps=eps, norm=norm, queries=budget.queries, generator=generator), averaged(defence)))
     return steps
 
@@ -188,17 +192,19 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
 
     drop=True attacks only the images that still stand, and each row's value is the accuracy left after its rung; `tried` and `fell` count its
     own work. drop=False lets every rung face all images, so that a row's value is that attack's own strength, `worst` the accuracy left. A random
-    defence (parts.random) is judged by the majority of `draws` fresh draws, and rows carry the mean accuracy over draws of what is left. `watch` is
-    shown the ladder as it stands after each rung."""
+    defence (parts.random) stands where the majority of `draws` fresh draws is right; the attack that leaves an image the fewest right answers is
+    kept, and the last row is the mean accuracy over fresh draws of those. `watch` is shown the ladder as it stands after each
+    rung. ValueError where an attack leaves the ball."""
     core.check_images(x, y)
     x, y = x[: budget.images], y[: budget.images]
     draws = draws if parts.random else 1
 
-    def stands(images: Tensor, labels: Tensor) -> Tensor:
-        return judge(defence, images, labels, draws=draws, batch_size=batch_size).double().mean(0) > 0.5
+    def share(images: Tensor, labels: Tensor) -> Tensor:
+        return judge(defence, images, labels, draws=draws, batch_size=batch_size).double().mean(0)
 
     generator = torch.Generator(x.device).manual_seed(seed)
-    clean = stands(x, y)
+    least = share(x, y)  # of the draws that answer right, over all rungs
+    clean = least > 0.5
     standing, worst, fell_to = clean.clone(), x.clone(), ["" if ok else "clean" for ok in clean.tolist()]
     base = {"exhibit": exhibit, "system": system, "norm": norm, "eps": eps, "seed": seed, "paper": None}
     rows = [base | {"threat": "none", "attack": "clean", "eps": 0.0, "steps": 0, "rung": 0} | accuracy(defence, x, y, draws=draws)]
@@ -207,15 +213,21 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
         own = clean.clone()
         for part in _parts(index, batch_size):
             x_adv = attack(defence if model is None else model, x[part], y[part])
-            up = stands(x_adv, y[part])
-            own[part] = up
+            delta = (x_adv - x[part]).flatten(1)
+            moved = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+            if moved[i := int(moved.argmax())] > eps * 1.0001 + 1e-6:
+                raise ValueError(f"attack {name!r} moved image {int(part[i])} by {moved[i]:.4g} in {norm}, beyond eps = {eps:g}: it must project")
+            right = share(x_adv, y[part])
+            own[part] = up = right > 0.5
+            lower = right < least[part]
+            worst[part[lower]], least[part[lower]] = x_adv[lower], right[lower]
             new = part[~up & standing[part]]
-            worst[new], standing[new] = x_adv[~up & standing[part]], False
+            standing[new] = False
             for i in new.tolist():
                 fell_to[i] = f"{threat}: {name}"
         kept = standing if drop else own
         row = score(kept[None]) | {"worst": standing.double().mean().item(), "tried": len(index), "fell": int((~own[index]).sum())}
-        steps = {"query": budget.queries}.get(threat, budget.steps)
+        steps = {"query": budget.queries, "paper": None, "adaptive": None}.get(threat, budget.steps)  # those bring their own
         rows.append(base | {"threat": threat, "attack": name, "steps": steps, "rung": number} | row
                     | {"seconds": round(time.perf_counter() - start, 3)})
         if watch is not None:

@@ -32,12 +32,12 @@ def own_scale(maps: Tensor) -> Tensor:
     return maps / maps.flatten(1).amax(1).clamp_min(1e-30)[:, None, None]
 
 
-# --- error amplification (HGD, section 3.2) -----------------------------------------------------------------------------------------------
+# --- error amplification (HGD, section 5.1) -----------------------------------------------------------------------------------------------
 
 
 def error_amplification(classifier: nn.Module, x: Tensor, x_p: Tensor, names: Sequence[str] | None = None) -> dict[str, Tensor]:
     """E_l = |f_l(x_p) - f_l(x)|_1 / |f_l(x)|_1 for each image, (B,), at the image itself ("pixels") and at every layer of models.layer_names (or at
-    the submodules named), after its activation, for clean images x (B, C, H, W) and perturbed ones x_p (HGD, equation 2 and Fig. 5)."""
+    the submodules named), after its activation, for clean images x (B, C, H, W) and perturbed ones x_p (HGD, equation 6 and Fig. 5)."""
     names = layer_names(classifier) if names is None else names
     with torch.no_grad():
         clean, changed = ({"pixels": v} | features(classifier, v, names) for v in (x, x_p))

@@ -15,6 +15,7 @@ from advlab.reference import exclusions as excluded
 LAST = {"HGD": ("13_hgd_adaptive", "LGD"), "S2S": ("22_s2s_counterfactuals", "S2S"), "GRED": ("33_gred_white_box", "GRED"),
         "TRN": ("43_trn_bypass", "TRN"), "Transform": ("52_transform_comparison", "Transform")}  # fmt: skip
 YARDSTICKS = ("no defence", "AT")
+ROLES = {"target": "no defence", "adversarial": "AT"}  # the yardsticks' names in notebook 00
 COSTS = {"training": "s", "inference": "times the classifier's", "parameters": "parameters"}
 COMMON = {"smoke": "skimage10", "quick": "skimage10", "standard": "fashion_mnist", "paper": "cifar10"}
 ENOUGH = {"quick": 64, "standard": 200, "paper": 1000}  # images behind at least one measured value of each exhibit
@@ -61,9 +62,10 @@ def _entry(e: dict, profile: str, dataset: str | None, rows: list[dict]) -> dict
 
 
 def _measure(paper: str, rows: list[dict]) -> str | None:
-    """One value in words: of the rows with a paper's number, or of all where none has one, the last of the paper's own system."""
+    """One value in words: of the rows with a paper's number, or of all where none has one, the last of the paper's own system (f o A of S2S)."""
+    rows = [r for r in rows if r["system"] != r.get("against")]  # nothing is learnt from a thing's likeness to itself
     rows = [r for r in rows if r["paper"] is not None] or rows
-    own = [r for r in rows if LAST[paper][1] in r["system"]] or rows
+    own = [r for r in rows if LAST[paper][1] in r["system"] or " o A" in r["system"]] or rows
     if not own:
         return None
     r = report.percent(own[-1])
@@ -117,11 +119,16 @@ def gaps(profile: str, of: Iterable[dict] | None = None) -> dict[str, str]:
 
 
 def untrained(profile: str) -> dict[str, str]:
-    """The papers whose networks are below the clean floor of CLEAN, or have no clean accuracy in the rows of their last notebook, and why."""
+    """The papers whose networks are below the clean floor of CLEAN, or have no clean accuracy in the rows of their last notebook, and why. The
+    yardsticks' clean accuracy is that of notebook 00, which trains them, on the same data set."""
     found, out = documents(profile), {}
+    start = {(r["system"], dataset): r["value"] for (name, dataset), document in found.items() if name[:2] == "00" for r in document["rows"]
+             if r["attack"] == "clean" and r["system"] in ROLES}
     for paper, (notebook, system) in LAST.items():
         rows = [r for (name, _), document in found.items() if name == notebook for r in document["rows"]
                 if r["exhibit"] == "comparison" and r["attack"] == "clean" and r["system"] in (system, *YARDSTICKS)]
+        sets = {dataset for name, dataset in found if name == notebook}
+        rows += [{"system": ROLES[role], "value": value} for (role, dataset), value in start.items() if dataset in sets]
         low = [f"{r['system']} has {r['value']:.1%} clean" for r in rows if r["value"] < CLEAN.get(r["system"], CLEAN["defence"])]
         if low or system not in {r["system"] for r in rows}:
             out[paper] = "; ".join(low) or f"no clean accuracy of {system}"

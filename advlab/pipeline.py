@@ -45,11 +45,13 @@ def behind(name: str, names: Sequence[str]) -> int:
 
 
 def sources(name: str) -> list[str]:
-    """What the results of a notebook depend on, as "what digest": its code cells, and every module of the package that it uses."""
-    cells = "\n".join(source for source, _ in series.code_cells(name))
-    code = "\n".join(line for line in cells.splitlines() if not line.lstrip().startswith(("%", "!")))  # of IPython, not Python
+    """What the results of a notebook depend on, as "what digest": its code cells (comments apart), every module of the package that it uses, and for
+    those that fill the README's tables, the published results."""
+    lines = "\n".join(source for source, _ in series.code_cells(name)).splitlines()
+    magic = [line for line in lines if line.lstrip().startswith(("%", "!"))]  # of IPython, not Python
     try:
-        found, todo = {}, _imported(ast.parse(code), "")
+        tree = ast.parse("\n".join(line for line in lines if line not in magic))
+        found, todo = {}, _imported(tree, "")
     except SyntaxError as error:
         raise SeriesError(f"notebook {name} is not Python: {error}") from None
     while todo:
@@ -57,7 +59,10 @@ def sources(name: str) -> list[str]:
         if module not in found:
             found[module], further = _module(module)
             todo |= further - set(found)
-    return [f"code {_digest(cells)}", *(f"{module} {digest}" for module, digest in sorted(found.items()))]
+    if "advlab.readme" in found:
+        files = sorted(f for profile in ("standard", "paper") for f in paths.results(profile, "any").parent.glob("*/*.json"))
+        found["published results"] = _digest(*(f"{f.name} {f.read_text(encoding='utf-8')}" for f in files))
+    return [f"code {_digest(ast.dump(tree), *magic)}", *(f"{module} {digest}" for module, digest in sorted(found.items()))]
 
 
 @functools.cache

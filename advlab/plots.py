@@ -203,7 +203,7 @@ def matrix(
 ):  # fmt: skip
     """A heat map of `values` (rows x columns; NaN leaves a cell blank) with its numbers written in, on a scale whose lightness rises with
     the value. Returns the Figure."""
-    values = torch.as_tensor(values, dtype=torch.float64)
+    values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if values.shape != (len(row_labels), len(col_labels)):
         raise ValueError(f"values have shape {tuple(values.shape)}, labels say {(len(row_labels), len(col_labels))}")
     size = 1.6 + 0.07 * max(map(len, row_labels)) + 0.62 * len(col_labels)

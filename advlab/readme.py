@@ -92,7 +92,9 @@ def hgd() -> str:
         tenth, last = (_rows(name, dataset) for name in ("10_hgd_denoisers", "13_hgd_adaptive"))
         pooled = [r for r in tenth if r["attack"] in ("clean", "FGSM+IFGSM4") and r["unit"] == "accuracy"]
         blind = {(r["system"], r["threat"], round(255 * r["eps"])): r for r in pooled}
-        end = {(r["system"], round(255 * r["eps"])): r for r in last if r["exhibit"] == "study" and r["attack"] == "pgd" and "l2" in r}
+        through = [r for r in last if r["exhibit"] == "study" and (r["threat"], r["attack"]) == ("end to end", "pgd") and "l2" in r]
+        sweep = min((r["steps"] for r in through), default=0)  # every system; more steps were spent on LGD alone
+        end = {(r["system"], round(255 * r["eps"])): r for r in through if r["steps"] == sweep}
         worst = {r["system"]: r for r in last if r["threat"] == "worst case"}
 
         def cell(row: dict) -> str:
@@ -101,7 +103,7 @@ def hgd() -> str:
         lines = [[name, *(cell(blind.get((name, threat, eps), none)) for threat, eps in (("none", 0), ("oblivious", 16), ("transfer", 16))),
                   *(cell(end.get((name, eps), none)) for eps in (2, 4, 8)), cell(worst.get(name, none))]
                  for name in dict.fromkeys(name for name, *_ in [*blind, *end])]
-        header = ["defence", "clean", "white, 16/255", "black, 16/255", *(f"end to end, {eps}/255" for eps in (2, 4, 8)), "ladder, 8/255"]
+        header = ["defence", "clean", "white, 16/255", "black, 16/255", *(f"PGD-{sweep} end to end, {eps}/255" for eps in (2, 4, 8)), "ladder, 8/255"]
         sizes = [f"{blind['LGD', 'none', 0]['n']:,} test images", *(f"{end['LGD', 4]['n']} end to end" for _ in end.keys() & {("LGD", 4)})]
         tables.append(f"{title}, {', '.join(sizes)}:\n\n{markdown(header, lines)}")
     return "\n\n".join(tables)
@@ -112,12 +114,12 @@ def claims() -> str:
     lines = ledger.entries("standard")
     left = ledger.exclusions("standard")
     reasons = "; ".join(f"{reason} ({sum(r == reason for r in left.values())})" for reason in dict.fromkeys(left.values()))
-    note = f"Profile `standard`. Excluded by name: {reasons}." if left else "Profile `standard`; nothing is excluded."
+    note = "Profile `standard`; an exhibit counts once for each data set. " + (f"Excluded by name: {reasons}." if left else "Nothing is excluded.")
     return f"{markdown(ledger.SUMMARY, ledger.summary(lines))}\n\n{note}"
 
 
 def compared() -> str:
-    """Every system of the common ground that has run at standard: clean, weakest attack, worst case, cost (advlab.ledger)."""
+    """Every system of the common ground that has run at standard: clean, first rung, worst case, cost (advlab.ledger)."""
     rows, missing = ledger.comparison("standard")
     rows, lines = ledger.settled(rows), []
     for system in dict.fromkeys(r["system"] for r in rows):

@@ -95,7 +95,7 @@ def test_a_linear_models_worst_case_is_that_of_its_distances(linear):
     found = audit.audit(model, evaluation.Parts(), x, y, BUDGET, **QUIET)
     stands = (closest(model, x, y, "linf") > EPS).sum().item()
     assert 0 < stands < 24 and found.worst["correct"] == stands
-    assert {r["curve"] for r in found.curves} == {"eps", "steps"} and found.verdict().endswith("No check failed.")
+    assert {r["curve"] for r in found.curves} == {"eps", "steps"} and found.verdict().endswith(f"No check failed on {found.probed} images.")
     at = {r["eps"]: r["correct"] for r in found.curves if r["curve"] == "eps"}
     # nothing lies nearer than the nearest
     assert at[0.0] == 24 and all(count >= (closest(model, x, y, "linf") > eps).sum() for eps, count in at.items())

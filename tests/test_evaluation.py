@@ -8,7 +8,7 @@ from torch import nn
 
 from advlab import data, training
 from advlab.attacks import core, pgd
-from advlab.attacks.adaptive import straight_through
+from advlab.attacks.adaptive import smooth, straight_through
 from advlab.evaluation import BUDGETS, Budget, Parts, accuracy, craft, judge, ladder, random_targets, robustness, rungs, score, wilson
 from advlab.models import seeded, small_cnn
 from advlab.report import row as result_row
@@ -116,6 +116,39 @@ def test_the_ladder_keeps_the_worst_case_of_each_image(net, batch, drop):
         assert min(r["value"] for r in climbed.rows[1:]) >= climbed.rows[-1]["value"]
 
 
+@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.05), ("l2", 0.2)])
+def test_every_rung_stays_in_the_ball(net, batch, norm, eps):
+    x, y = batch
+    parts = Parts(classifier=net, restorer=nn.Identity(), surrogates=[net], adaptive={"own": partial(pgd, eps=eps, norm=norm)})
+    for threat, name, attack, surrogate in rungs(nn.Sequential(nn.Identity(), net), parts, SMALL, eps=eps, norm=norm):
+        delta = (attack(surrogate or net, x, y) - x).flatten(1)
+        assert (delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)).max() <= eps * 1.00001, (threat, name)
+    with pytest.raises(ValueError, match=r"attack 'far' moved image \d+ by .* in l2, beyond eps = 0\.05"):
+        ladder(net, Parts(paper={"far": partial(pgd, eps=0.05)}), SMALL, x, y, eps=0.05, norm="l2")
+
+
+def test_the_smooth_rung_is_judged_by_a_defence_that_takes_gradients_itself(net, batch):
+    class Ascent(nn.Module):
+        """The classifier after a step on its own loss: smoothing the net changes the step, and with it the output."""
+
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(net, nn.ReLU(), nn.Linear(4, 4))
+
+        def forward(self, x):
+            with torch.enable_grad():
+                at = x if x.requires_grad else x.clone().requires_grad_()
+                slope = torch.autograd.grad(self.net(at).square().sum(), at, create_graph=True)[0]
+            return self.net(x + slope)
+
+    defence, x = Ascent().requires_grad_(False), batch[0]
+    (model,) = [m for _, name, _, m in rungs(defence, Parts(), SMALL, eps=0.1) if name == "pgd-ce smooth"]
+    assert (smooth(defence)(x) - defence(x)).abs().max() > 1e-3  # the twin answers otherwise
+    assert torch.allclose(model(x), defence(x), atol=1e-5)
+    ours, twins = (torch.autograd.grad(m(at := x.clone().requires_grad_()).sum(), at)[0] for m in (model, smooth(defence)))
+    assert torch.allclose(ours, twins)
+
+
 def test_dropping_changes_no_verdict(net, batch):
     kept, dropped = (ladder(net, Parts(), SMALL, *batch, eps=0.05, drop=d).standing for d in (False, True))
     assert torch.equal(kept, dropped)
@@ -124,8 +157,9 @@ def test_dropping_changes_no_verdict(net, batch):
 def test_rungs_follow_the_parts(net):
     names = {t for t, *_ in rungs(net, Parts(), SMALL, eps=0.1)}
     assert names == {"end to end", "bpda", "autoattack", "query"}  # smooth ReLU needs no parts
-    names = {t for t, *_ in rungs(net, Parts(classifier=net, surrogates=[net], paper={"own": pgd}, differentiable=False), SMALL, eps=0.1)}
-    assert names == {"oblivious", "paper", "transfer", "query"}
+    parts = Parts(classifier=net, surrogates=[net], paper={"theirs": pgd}, adaptive={"ours": pgd}, differentiable=False)
+    assert [(t, name) for t, name, *_ in rungs(net, parts, SMALL, eps=0.1)][:3] == [("oblivious", "pgd"), ("paper", "theirs"), ("adaptive", "ours")]
+    assert {t for t, *_ in rungs(net, parts, SMALL, eps=0.1)} == {"oblivious", "paper", "adaptive", "transfer", "query"}
 
 
 def test_dropping_fallen_images_costs_at_most_half_the_passes(net, batch):

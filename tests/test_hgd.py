@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from advlab import gradients, training
+from advlab import evaluation, gradients, training
 from advlab.data import Dataset
 from advlab.defenses import hgd
 from advlab.models import classifier, layer_names, seeded
@@ -85,8 +85,17 @@ def test_the_pool_holds_every_kind_in_its_ball_and_is_found_again(classifiers, s
     assert torch.equal(levels / 255, made["eps"]) and levels.min() >= 1 and levels.max() <= 16
     size = (made["x_adv"] - x).flatten(1).abs().amax(1)
     assert (size <= made["eps"] + 1e-6).all()
-    clean = made["kind"] == 7
-    assert (size[clean] == 0).all() and (size[~clean] > 0).all()
+    for k, name in enumerate(made["names"]):
+        on = made["kind"] == k
+        if name == "clean":
+            assert torch.equal(made["x_adv"][on], x[on])
+        elif name != "noise":
+            attack, victim = name.split(" on ")
+            attacked = classifiers if victim == "ensemble" else classifiers[int(victim[1:]) - 1]
+            assert torch.equal(made["x_adv"][on], hgd.oblivious(attacked, x[on], attack=attack, eps=made["eps"][on]))
+    noise = ((made["x_adv"] - x) / made["eps"].view(-1, 1, 1, 1))[made["kind"] == 8]
+    inside = noise[(noise.abs() < 0.99) & (noise != 0)]  # not clipped to valid pixels
+    assert abs(inside.mean()) < 0.05 and inside.std() == pytest.approx(0.57, abs=0.03)  # uniform, not signs
     (file,) = (folder / "data" / "checkpoints").glob("pool-*.pt")
     again = hgd.pool(classifiers, x, seed=3)
     assert torch.equal(again["x_adv"], made["x_adv"]) and again["seconds"] == made["seconds"]
@@ -95,6 +104,32 @@ def test_the_pool_holds_every_kind_in_its_ball_and_is_found_again(classifiers, s
         remade = hgd.pool(classifiers, x, seed=3)
     assert torch.equal(remade["x_adv"], made["x_adv"])
     assert len(hgd.pool(classifiers, x, seed=3, extra=())["kind"].unique()) == 7
+    with pytest.raises(ValueError, match="unknown extra kind 'claen'"):
+        hgd.pool(classifiers, x, seed=3, extra=("claen",))
+
+
+def test_each_test_set_attacks_the_classifier_of_table_1_at_each_eps(classifiers):
+    with seeded(1):
+        holdout = classifier("small_cnn", width=4).eval()
+    x, grid = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(5)), [4 / 255, 16 / 255]
+    found = hgd.test_sets(classifiers, holdout, x, eps=grid)
+    assert list(found) == [(threat, eps) for threat in ("oblivious", "transfer") for eps in grid]
+    for (threat, eps), attacks in found.items():
+        assert list(attacks) == ["fgsm", "ifgsm4"]
+        for attack, x_adv in attacks.items():
+            attacked = holdout if threat == "transfer" else classifiers[0] if attack == "fgsm" else classifiers
+            assert torch.equal(x_adv, hgd.oblivious(attacked, x, attack=attack, eps=eps))
+            assert (x_adv - x).abs().max() == pytest.approx(eps, abs=1e-6) and x_adv.min() >= 0 and x_adv.max() <= 1
+    every = [x_adv for attacks in found.values() for x_adv in attacks.values()]
+    assert all(not torch.equal(a, b) for i, a in enumerate(every) for b in every[:i])
+
+
+def test_pooled_attacks_count_their_images_once():
+    right = [torch.tensor([[True, True, False, False]]), torch.tensor([[True, False, False, False]])]
+    found = hgd.pooled(right)
+    low, high = evaluation.wilson(1.5, 4)
+    assert found == {"n": 4, "correct": None, "value": 0.375, "unit": "accuracy", "low": low, "high": high, "pooled_attacks": 2}
+    assert hgd.pooled(right[:1]) == evaluation.score(right[0]) | {"pooled_attacks": 1}
 
 
 @pytest.mark.parametrize("guide", ["pixels", "features", "logits", "labels"])
@@ -131,6 +166,8 @@ def test_training_moves_the_denoiser_and_leaves_the_classifier_bit_for_bit(class
     assert any(p.abs().sum() > 0 for p in defence.restorer.final.parameters())
     assert all(row["validation"] > 0 for row in info["history"]) and not info["cached"]
     assert run()[1]["cached"]
+    with pytest.raises(ValueError, match="60 images for training and 61 held out overlap: 'made' has 120"):
+        run(held=61)
 
 
 def test_the_online_control_trains_against_attacks_on_the_whole_defence(classifiers, source, folder, monkeypatch):

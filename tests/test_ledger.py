@@ -89,6 +89,17 @@ def test_one_complete_data_set_is_enough(made):
     assert len(ledger.gaps("quick")) == 44 and "TRN-T3" not in ledger.gaps("quick")
 
 
+@pytest.mark.parametrize(("role", "clean", "system"), [("target", 0.79, "no defence"), ("adversarial", 0.59, "AT")])
+def test_a_yardstick_below_its_floor_is_a_gap_of_every_paper_on_its_data(made, role, clean, system):
+    made()
+    values = {r: clean if r == role else 0.9 for r in ledger.ROLES}
+    rows = [report.row(exhibit="study", system=r, attack="clean", threat="none", n=64, value=v, unit="accuracy") for r, v in values.items()]
+    report.save_results("00_data_and_classifiers", rows, run=RUN, profile="quick", dataset="another")
+    assert ledger.gaps("quick") == {}
+    report.save_results("00_data_and_classifiers", rows, run=RUN, profile="quick", dataset="skimage10")
+    assert len(ledger.gaps("quick")) == 45 and set(ledger.gaps("quick").values()) == {f"{system} has {clean:.1%} clean"}
+
+
 def test_exclusions_must_name_every_gap_and_nothing_else(made, monkeypatch):
     made(left_out=["HGD-T2", "HGD-T3"])
     listed = [{"exhibit": e, "profile": "quick", "reason": "because"} for e in ("HGD-T2", "TRN-T1", "HGD-T99")]

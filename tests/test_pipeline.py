@@ -140,8 +140,22 @@ def test_a_notebooks_code_counts_and_its_outputs_and_text_do_not(package):
     document.cells[2].outputs, document.cells[2].execution_count = [nbformat.v4.new_output("stream", text="seen")], 3
     nbformat.write(document, file)
     assert pipeline.sources("00_first") == before
-    edit(file, "import a", "import b")
+    edit(file, "import a\\n", "import a  # the first\\n")
+    assert pipeline.sources("00_first") == before
+    edit(file, "import a ", "import b ")
     assert pipeline.sources("00_first")[0] != before[0]
+
+
+def test_what_fills_the_readme_depends_on_published_results(package, monkeypatch):
+    monkeypatch.setenv("ADVLAB_HOME", str(package))
+    (package / "advlab/readme.py").write_text("")
+    notebook(package, "91_claims", "from advlab import readme")
+    before = {name: pipeline.sources(name) for name in ("00_first", "91_claims")}
+    place = paths.results("standard", "mnist")
+    place.mkdir(parents=True)
+    (place / "30_x.json").write_text("{}")
+    assert pipeline.sources("00_first") == before["00_first"]
+    assert {source.split()[0] for source in set(pipeline.sources("91_claims")) - set(before["91_claims"])} == {"published"}
 
 
 # --- one notebook ---

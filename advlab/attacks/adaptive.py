@@ -105,8 +105,9 @@ class SoftMaxPool(nn.Module):
 
 
 def smooth(model: nn.Module, temperature: float = 0.1) -> nn.Module:
-    """A copy of the model, sharing its parameters and buffers and giving the same output, whose nn.ReLU and nn.MaxPool2d layers have the
-    smooth backward passes above. Raises ValueError for a temperature that is not positive, or a model that has no such layer."""
+    """A copy of the model, sharing its parameters and buffers, whose nn.ReLU and nn.MaxPool2d layers have the smooth backward passes above. It gives
+    the same output, unless the model takes gradients in its forward pass: bpda(model, nn.Identity(), smooth(model)) answers as the model. Raises
+    ValueError for a temperature that is not positive, or a model that has no such layer."""
     if not temperature > 0:
         raise ValueError(f"the temperature must be positive, got {temperature}")
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}

@@ -17,24 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advlab import checkpoints, paths, training
+from advlab import checkpoints, evaluation, paths, training
 from advlab.attacks import core
 from advlab.attacks.blackbox import ensemble
 from advlab.attacks.gradient import bim, pgd
 from advlab.data import Dataset
 from advlab.models import features, unet
 
-# what each denoiser is trained to match on the clean image (section 4.2)
+# what each denoiser is trained to match on the clean image (sections 3.1 and 3.2)
 GUIDES = {"DAE": "pixels", "PixGD": "pixels", "FGD": "features", "LGD": "logits", "CGD": "labels"}
 WIDTHS = {"imagenet": (64, 128, 256, 256, 256), "small": (64, 128, 256, 256), "xs": (32, 64, 128, 128), "narrow": (8, 16, 32, 32)}
 STEPS = {"fgsm": 1, "ifgsm2": 2, "ifgsm4": 4, "ifgsm8": 8}
 FIT = {"optimizer": "adam", "schedule": "milestones", "milestones": (2 / 3,), "weight_decay": 0.0, "train_modules": ["restorer"]}
+EXTRA = ("clean", "noise")
 POOL = (*(("fgsm", i) for i in range(3)), *((attack, None) for attack in STEPS))  # Table 1; None is the ensemble of three
 
 
 def denoiser(name: str, *, channels: int = 3, widths: Sequence[int] = WIDTHS["small"], mean=0.5, std=0.25) -> nn.Module:
     """The untrained restorer (B, C, H, W) -> the same for a name of `GUIDES`: the residual DUNET, the identity at first, or for "DAE" the same
-    without residual and lateral connections (section 4.1). WIDTHS["imagenet"] is the paper's, for 64 px and above; sizes from 28 to 299 px go."""
+    without residual and lateral connections (section 3.1.1). WIDTHS["imagenet"] is the paper's, for 64 px and above; sizes from 28 to 299 px go."""
     core.check_choice("denoiser", name, tuple(GUIDES))
     plain = name == "DAE"
     return unet(channels, widths, residual=not plain, lateral=not plain, mean=mean, std=std)
@@ -66,11 +67,15 @@ def test_sets(models: Sequence[nn.Module], holdout: nn.Module, x: Tensor, *, eps
             for threat, who in attacked.items() for e in eps}
 
 
-def pool(models: Sequence[nn.Module], x: Tensor, *, extra: Sequence[str] = ("clean", "noise"), eps: tuple[int, int] = (1, 16), seed: int = 0,
+def pool(models: Sequence[nn.Module], x: Tensor, *, extra: Sequence[str] = EXTRA, eps: tuple[int, int] = (1, 16), seed: int = 0,
          folder: str | Path | None = None) -> dict:
     """One training pair for each image x (N, C, H, W) in [0, 1]: x_adv, `kind` (N,) into names, `eps` (N,) drawn from the integers low..high of 255,
     names, and seconds of crafting. models: the three classifiers that Table 1 attacks, the target first; kinds are drawn uniformly from POOL and
-    `extra` ("clean", "noise": uniform in +-eps). Kept in data/checkpoints (or folder) and found again; ValueError if an image left its ball."""
+    `extra` ("clean", "noise": uniform in +-eps). All on the CPU, kept in data/checkpoints (or folder) and found again; ValueError for a kind in
+    `extra` that is not one of EXTRA, and if an image left its ball."""
+    for name in extra:
+        core.check_choice("extra kind", name, EXTRA)
+    x = x.cpu()
     config = checkpoints.describe({"models": list(models), "x": x, "extra": list(extra), "eps": list(eps), "seed": seed, "pool": 1})
     key = checkpoints.fingerprint(config)
     file = Path(folder or paths.checkpoints()) / f"pool-{key[:12]}.pt"
@@ -93,6 +98,13 @@ def pool(models: Sequence[nn.Module], x: Tensor, *, extra: Sequence[str] = ("cle
     made = {"key": key, "x_adv": x_adv, "kind": kind, "eps": budget, "names": names, "seconds": time.perf_counter() - start}
     checkpoints.write(file, checkpoints.seal(made))
     return made
+
+
+def pooled(right: Sequence[Tensor]) -> dict:
+    """How a system fares under several attacks on the same images, as row fields: evaluation.score of the judgements (1, B), one for each attack. The
+    value is the mean over the attacks and n the number of images, as two attacks on one image are not two draws; `pooled_attacks` counts them."""
+    score = evaluation.score(torch.cat(list(right)))
+    return {k: v for k, v in score.items() if k not in ("draws", "spread", "majority")} | {"pooled_attacks": len(right)}
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------------------------------
@@ -132,7 +144,7 @@ def online(model: nn.Module, x: Tensor, y: Tensor, generator, *, eps: float, ste
 
 
 def pairs(generator, *, source: Dataset, models: Sequence[nn.Module], classifier: nn.Module, guide: str, images: int, start: int = 0,
-          classes: Sequence[int] | None = None, extra: Sequence[str] = ("clean", "noise"), batch_size: int = 500) -> tuple[Tensor, Tensor]:
+          classes: Sequence[int] | None = None, extra: Sequence[str] = EXTRA, batch_size: int = 500) -> tuple[Tensor, Tensor]:
     """What `guided` trains on: x_adv (N, C, H, W) of the pool over images start..start+images of `source`, those of `classes` where given, and their
     targets, computed once from the clean images. A function of an (unused) generator, as training.fit wants its data."""
     span = slice(start, start + images)
@@ -161,10 +173,13 @@ def assemble(name: str, classifier: nn.Module, **options) -> nn.Sequential:
 
 
 def train(name: str, classifier: nn.Module, models: Sequence[nn.Module], source: Dataset, *, label: str, images: int, held: int, epochs: int,
-          widths: Sequence[int] = WIDTHS["small"], classes: Sequence[int] | None = None, extra: Sequence[str] = ("clean", "noise"),
+          widths: Sequence[int] = WIDTHS["small"], classes: Sequence[int] | None = None, extra: Sequence[str] = EXTRA,
           batch_size: int = 128, lr: float = 1e-3, seed: int = 0, progress: bool = True) -> tuple[nn.Module, dict]:
     """The defence of a name of GUIDES before `classifier`, which also guides it, trained on the first `images` of `source` (Adam, lr, a tenth
-    after two thirds), watched on the last `held`, cached by training.load_or_fit. models: the three that the pool attacks. Returns (model, info)."""
+    after two thirds), watched on the last `held`, cached by training.load_or_fit. models: the three that the pool attacks. Returns (model, info);
+    ValueError where the two sets of images would overlap."""
+    if images + held > len(source):
+        raise ValueError(f"{images} images for training and {held} held out overlap: {source.name!r} has {len(source)}")
     guide, (mean, std) = GUIDES[name], source.mean_std()
     common = {"source": source, "models": list(models), "classifier": classifier, "guide": guide, "classes": classes, "extra": list(extra)}
     build = partial(assemble, name, classifier, channels=source.shape[0], widths=list(widths), mean=mean, std=std)
@@ -198,12 +213,22 @@ def cancellation(x: Tensor, x_adv: Tensor, x_hat: Tensor) -> dict[str, float]:
 
 
 def shares(model: nn.Module, x_adv: Tensor, target: Tensor, *, guide: str, repeats: int = 5) -> dict[str, float]:
-    """Milliseconds an image of one training step's forward and backward pass, in the denoiser alone and in the classifier behind it."""
+    """Milliseconds an image of one training step's forward and backward pass, in the denoiser alone and in the classifier behind it, on the model's
+    device."""
+    where = next(model.parameters()).device
+    x_adv, target = x_adv.to(where), target.to(where)
+
+    def wait() -> None:
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+
     def clock(f: Callable[[], Tensor], inputs) -> float:
         times = []
         for _ in range(repeats):
+            wait()
             start = time.perf_counter()
             torch.autograd.grad(f().sum(), inputs)
+            wait()
             times.append(1e3 * (time.perf_counter() - start) / len(x_adv))
         return sorted(times)[repeats // 2]
 
