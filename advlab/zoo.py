@@ -45,7 +45,7 @@ RECIPES = {
     },
 }
 FOR_DATA = {("standard", "target", "cifar10"): {"amp": True}}  # Fashion-MNIST's was trained, and its results published, in float32
-GREY = ("mnist", "fashion_mnist")  # no flips: a digit and a shoe point one way
+ONE_WAY = ("mnist", "fashion_mnist", "svhn")  # no flips: a digit and a shoe point one way
 SPARED = 512  # training images held out to watch fast adversarial training for collapse
 
 
@@ -95,7 +95,7 @@ def augmentation(data: Dataset):
     pad = data.shape[1] // 8
     if data.name == "skimage10":
         return random_flip
-    return partial(random_crop, pad=pad) if data.name in GREY else partial(_crop_and_flip, pad=pad)
+    return partial(random_crop, pad=pad) if data.name in ONE_WAY else partial(_crop_and_flip, pad=pad)
 
 
 def _crop_and_flip(x, *, pad: int, generator=None):

@@ -1,8 +1,11 @@
 """S2S against what can be worked out by hand: linear classifiers, small autoencoders, counted true positives."""
 
 import copy
+import inspect
 import math
+from collections import OrderedDict
 from functools import partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -10,9 +13,9 @@ from helpers import PassCounter, assert_pure, closest, linear_model
 from torch import nn
 
 from advlab import data, training
-from advlab.attacks import bpda
+from advlab.attacks import bpda, core, margin
 from advlab.defenses import s2s
-from advlab.gradients import input_gradient
+from advlab.gradients import input_gradient, magnitude, reconstruction_gradient
 from advlab.models import segnet, small_cnn, torchvision_classifier, unpool
 
 SHAPE = (1, 4, 4)
@@ -135,12 +138,21 @@ def test_counterfactual_a_is_the_gradient_at_the_reconstruction(pieces):
     torch.testing.assert_close(input_gradient(bpda(restorer, classifier), x, y), want, atol=1e-6, rtol=1e-4)
 
 
-def test_gradient_maps_have_table_ones_names_and_do_not_depend_on_batches(pieces):
-    restorer, classifier, x, y = pieces
-    maps = s2s.gradient_maps(classifier, restorer, restorer, x, y)
-    assert list(maps) == ["R", "R o A_R", "R o A_S", "A_R", "A_S"] and all(m.shape == (8, 16, 16) for m in maps.values())
-    assert torch.equal(maps["A_R"], maps["A_S"]) and torch.equal(maps["R o A_R"], maps["R o A_S"]) and not torch.equal(maps["R"], maps["R o A_R"])
-    apart = s2s.gradient_maps(classifier, restorer, restorer, x, y, batch_size=3)
+def test_gradient_maps_are_those_of_table_one_and_do_not_depend_on_batches(pieces):
+    a_s, classifier, x, y = pieces
+    a_f = copy.deepcopy(a_s)
+    with torch.no_grad():
+        for p in a_f.decoder.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    maps = s2s.gradient_maps(classifier, a_s, a_f, x, y)
+    want = {name: input_gradient(model, x, y) for name, model in
+            {"R": classifier, "R o A_R": s2s.chain(a_f, classifier), "R o A_S": s2s.chain(a_s, classifier)}.items()}
+    want |= {"A_R": reconstruction_gradient(a_f, x), "A_S": reconstruction_gradient(a_s, x)}
+    assert list(maps) == list(want) and all(torch.equal(maps[name], magnitude(g)) for name, g in want.items())
+    assert not any(torch.allclose(maps[a], maps[b], rtol=0.05) for a, b in combinations(maps, 2))
+    constant = s2s.gradient_maps(classifier, a_s, a_f, x, y, detach_target=True)
+    assert torch.equal(constant["A_R"], magnitude(reconstruction_gradient(a_f, x, detach_target=True)))
+    apart = s2s.gradient_maps(classifier, a_s, a_f, x, y, batch_size=3)
     assert all(torch.allclose(maps[name], apart[name], atol=1e-5, rtol=1e-3) for name in maps)
 
 
@@ -197,6 +209,25 @@ def test_cw_descent_respects_kappa_and_returns_the_last_iterate_where_it_fails()
     torch.testing.assert_close((short - x).flatten(1).norm(dim=1), torch.full((12,), 3e-4), atol=1e-6, rtol=0)
 
 
+def test_the_papers_cw_takes_a_first_step_of_length_eps_with_a_weight_of_ten():
+    """The first step has 8-bit length eps; from the second on, the way back to x weighs 2 (x_t - x) against 10 times the margin's gradient."""
+    model, x = linear_model(SHAPE), images()
+    y = model(x).argmax(1)
+    way = (model[1].weight[1 - y] - model[1].weight[y]).view_as(x)  # of the margin, which is linear
+    unit = way / way.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(s2s.paper_attack("cw", 2.0, steps=1)(model, x, y), x + 2 / 255 * unit, atol=1e-6, rtol=0)
+    assert inspect.signature(s2s.cw_descent).parameters["weight"].default == 10.0
+    torch.manual_seed(0)
+    bent = nn.Sequential(nn.Flatten(), nn.Linear(16, 6), nn.Tanh(), nn.Linear(6, 4)).eval()  # not linear: the second step turns
+    y = bent(x).argmax(1)
+    one, two = (s2s.paper_attack("cw", 20.0, steps=k)(bent, x, y) for k in (1, 2))
+    _, value, grad = core.gradient(bent, one, y, margin)
+    stands, step = value < 0, 10 * grad - 2 * (one - x)
+    want = (one + 20 / 255 * step / step.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(0, 1)
+    assert stands.any()
+    torch.testing.assert_close(two[stands], want[stands], atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("eps", [-1.0, math.nan])
 def test_cw_descent_refuses_a_bad_step(eps):
     model, x = linear_model(SHAPE), images()
@@ -236,14 +267,83 @@ def test_strength_counts_true_positives_only():
         s2s.strength(model, s2s.paper_attack("fgsm", 1.0), x[:2], 1 - y[:2])
 
 
-def test_the_code_attack_brings_the_code_nearer_and_stays_in_its_ball(pieces):
-    restorer, classifier, x, y = pieces
-    defence, guide = s2s.chain(restorer, classifier), x.flip(0)
-    code = lambda v: restorer.encoder(restorer.normalize(v))[0].flatten(1)  # noqa: E731
-    x_adv = assert_pure(defence, x, y, lambda m, a, b: s2s.code_attack(m, a, b, guide=guide, eps=0.1, steps=10))
+@pytest.mark.parametrize("places", [0.0, 1.0])
+def test_the_code_attack_brings_the_code_nearer_and_stays_in_its_ball(pieces, places):
+    restorer, classifier, x, _ = pieces
+    defence, y, pool = s2s.chain(restorer, classifier), torch.zeros(8, dtype=torch.int64), images(20, (3, 16, 16), low=0.0, high=1.0)
+    labels = torch.arange(20) % 2
+    x_adv = assert_pure(defence, x, y, lambda m, a, b: s2s.code_attack(m, a, b, pool=pool, labels=labels, count=1, places=places, eps=0.1, steps=10))
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
-    before, after = ((code(v) - code(guide)).norm(dim=1) for v in (x, x_adv))
-    assert (after < before).all()
+    goal = encoding(restorer, pool[s2s.guides(restorer, x, y, pool, labels, count=1)[0]])[0]
+    before, after = ((encoding(restorer, v)[0] - goal).norm(dim=1) for v in (x, x_adv))
+    assert places or (after < before).all()
+
+
+def encoding(restorer, v):
+    with torch.no_grad():
+        code, places = restorer.encoder(restorer.normalize(v))
+    return code.flatten(1), torch.cat([p.flatten(1) for p in places], 1)
+
+
+def test_the_hinge_brings_the_places_of_the_maxima_to_the_guides(pieces):
+    restorer, classifier, x, _ = pieces
+    y, labels, guide, same = torch.zeros(8, dtype=torch.int64), torch.ones(1, dtype=torch.int64), x[:1].flip(3), {}
+    for places in (0.0, 10.0):
+        x_adv = s2s.code_attack(s2s.chain(restorer, classifier), x, y, pool=guide, labels=labels, count=1, places=places, eps=0.3, steps=40)
+        same[places] = (encoding(restorer, x_adv)[1] == encoding(restorer, guide)[1]).double().mean()
+    assert same[10.0] > same[0.0] + 0.02
+
+
+def test_guides_are_the_nearest_codes_of_other_classes(pieces):
+    restorer, _, x, y = pieces
+    found = s2s.guides(restorer, x, y, x, y, count=3, batch_size=5)
+    code = encoding(restorer, x)[0]
+    for i in range(8):
+        far = {j: (code[i] - code[j]).norm().item() for j in range(8) if y[j] != y[i]}
+        assert found[:, i].tolist() == sorted(far, key=far.get)[:3]
+    with pytest.raises(ValueError, match="fewer than 7 images of other classes among 8"):
+        s2s.guides(restorer, x, y, x, y, count=7)
+
+
+def test_the_code_attack_tries_one_guide_after_another_until_the_model_errs(pieces, monkeypatch):
+    """The attack is replaced by one that writes its number into the first pixel; an image falls once that reaches its second pixel."""
+    restorer, _, x, _ = pieces
+    x, attacked = x.clone(), []
+    x[:, 0, 0, 0], x[:, 0, 0, 1] = 0, torch.arange(8) / 10
+
+    def numbered(model, x, y, **options):
+        attacked.append(len(x))
+        return x.index_put((torch.arange(len(x)), *(torch.zeros(len(x), dtype=torch.int64),) * 3), torch.tensor(len(attacked) / 10))
+
+    defence = nn.Sequential(OrderedDict(restorer=restorer)).eval()
+    defence.forward = lambda v: torch.stack([torch.zeros(len(v)), v[:, 0, 0, 0] - v[:, 0, 0, 1] + 0.01], 1)
+    monkeypatch.setattr(s2s, "pgd", numbered)
+    y, labels = torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.int64)
+    out = s2s.code_attack(defence, x, y, pool=x, labels=labels, count=3, eps=0.1)
+    assert attacked == [8, 6, 5] and torch.allclose(out[:, 0, 0, 0], torch.tensor([0.1, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3]))
+
+
+# --- intervals and answers ---
+
+
+def test_intervals_by_hand():
+    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0])
+    mean, low, high = s2s.interval(a)
+    assert (mean, high - mean, mean - low) == pytest.approx((2.0, *2 * [1.959964 / math.sqrt(3)]))
+    mean, low, high = s2s.interval(a, b)
+    assert (mean, high - mean, mean - low) == pytest.approx((1.0, *2 * [1.959964 * math.sqrt(1 / 3 + 2 / 2)]))
+    assert all(map(math.isnan, s2s.interval(a[:1])))
+
+
+def test_a_statement_is_held_not_held_or_undecided():
+    above, below, across = (2.0, 1.0, 3.0), (-2.0, -3.0, -1.0), (0.5, -1.0, 2.0)
+    assert [s2s.decide(found, least=0)[0] for found in (above, below, across)] == ["held", "not held", "undecided"]
+    assert [s2s.decide(above, found, least=0)[0] for found in (above, below, across)] == ["held", "not held", "undecided"]
+    assert [s2s.decide(across, least=-b, most=b)[0] for b in (3, 1)] == ["held", "undecided"]
+    assert s2s.decide(above, least=-0.5, most=0.5)[0] == "not held"
+    assert s2s.decide((0.0, 0.0, 0.0), least=0)[0] == s2s.decide((math.nan,) * 3, least=0)[0] == "undecided"
+    assert s2s.decide(above, across, least=0)[1] == "+2.0 [+1.0, +3.0] and +0.5 [-1.0, +2.0]"
+    assert s2s.told({"a < b": s2s.decide(above, least=0), "c": ("not held", "1")}) == "a < b: held (+2.0 [+1.0, +3.0]); c: not held (1)"
 
 
 # --- the path to ImageNet ---

@@ -57,6 +57,22 @@ def test_g_stays_within_delta_and_clips_only_when_told(f_b, x, name):
     assert (out.min() >= 0 and out.max() <= 1) == (name == "clip01")
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_clip01_never_leaves_the_range_of_images(f_b, seed):
+    v = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    g, number = Transform(f_b, steps=2, seed=seed, **VARIANTS["clip01"]), torch.arange(12)
+    for out in (g(v, number), Unrolled(g)(v, number)):
+        assert out.min() == 0 and out.max() == 1
+    assert torch.equal(g(v, number), Transform(f_b, steps=2, seed=seed)(v, number).clamp(0, 1))
+
+
+def test_g_walks_to_the_labels_that_it_is_told(f_b, x):
+    judge, g, number, y = plain(f_b), Transform(f_b), torch.arange(len(x)), torch.arange(len(x)) % 5
+    told = g(x, number, labels=y)
+    assert (core.cross_entropy(judge(told), y) < core.cross_entropy(judge(x), y)).all()
+    assert torch.equal(g(x, number, labels=judge(x).argmin(1)), g(x, number)) and not torch.equal(told, g(x, number))
+
+
 def test_g_descends_towards_the_least_likely_class_of_its_own_input(f_b, x):
     judge, g = plain(f_b), Transform(f_b)
     y = judge(x).argmin(1)
@@ -242,7 +258,9 @@ def test_f_a_learns_on_g_and_f_b_stays_as_it_is(tiny):
     g = Transform(f_b, steps=2)
     kept = {k: v.clone() for k, v in g.state_dict().items()}
     defence, info = transform.defended(tiny, g, profile="smoke", progress=False)
-    assert record["seconds"] > 0 and info["history"] and not defence.training
+    noise, warm = transform.defended(tiny, Transform(nn.Identity(), **VARIANTS["noise"]), profile="smoke", progress=False)
+    assert record["seconds"] > 0 and info["history"] and not defence.training and not noise.training
+    assert info["seconds"] == pytest.approx(warm["seconds"] + sum(r["seconds"] for r in info["history"])) and warm["seconds"] > 0
     assert all(torch.equal(v, kept[k]) for k, v in defence.restorer.state_dict().items())
     again, info = transform.defended(tiny, g, profile="smoke", progress=False)
     assert info["cached"] and torch.equal(again.classifier.logits.weight, defence.classifier.logits.weight)
@@ -345,10 +363,31 @@ def test_a_batch_norm_that_cannot_be_folded_is_refused():
         Unrolled(Transform(nn.Identity(), steps=0), kind="relu")
 
 
+def test_intervals_and_rises():
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    low, high = transform.interval(values)
+    assert low == pytest.approx(2.5 - 1.96 * (5 / 3) ** 0.5 / 2) and low + high == pytest.approx(5.0)
+    assert transform.interval(values[:1]) == (1.0, 1.0)
+    noise = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert transform.rises([noise, noise + 1, noise + 1.001, noise + 2]), "the images' own differences do not blur a paired one"
+    assert not transform.rises([noise, noise + 1, noise + 0.5, noise + 2]), "one step down"
+    assert not transform.rises([noise, noise.flip(0)]), "not beyond the interval"
+
+
 def test_partial_attacks_reach_the_ladder(x):
-    """The released attack, as a ladder calls it: model, x, y and nothing else."""
+    """The released attack and one on a surrogate, as rungs: each moves images of a random defence that stand."""
     defence = nn.Sequential()
-    defence.restorer, defence.classifier = Transform(nn.Identity(), steps=0), f_a()
-    y = f_a()(x).argmax(1)
-    row = evaluation.robustness(defence, partial(transform.repo_bpda, eps=0.02, steps=2), x, y, draws=2)
-    assert row["linf"] <= 0.02 + 1e-6 and row["draws"] == 2
+    defence.restorer, defence.classifier = Transform(nn.Identity(), steps=0, delta=0.05), f_a()
+    y, hits = f_a()(x).argmax(1), []
+
+    def attack(model, a, b):
+        hits.append(model)
+        return pgd(model, a, b, eps=0.3, steps=2)
+
+    parts = evaluation.Parts(random=True, paper={"released attack": partial(transform.repo_bpda, eps=1e-4, steps=2)},
+                             adaptive={"other": transform.through(defence.classifier, attack)})
+    climb = evaluation.ladder(defence, parts, evaluation.Budget(12, 1, 1, 2, 2), x, y, eps=0.3, draws=3)
+    rows = {r["attack"]: r for r in climb.rows}
+    assert rows["released attack"]["threat"] == "paper" and rows["other"]["threat"] == "adaptive"
+    assert rows["released attack"]["tried"] > 0 and hits and all(m is defence.classifier for m in hits)
+    assert climb.rows[-1]["value"] < rows["clean"]["value"]

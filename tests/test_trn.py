@@ -359,6 +359,11 @@ def test_training_touches_the_network_alone(tmp_path, monkeypatch):
     again, found = trn.trained(classifier, data, images=8, **options)
     assert found["cached"] and torch.equal(again(data.images(slice(2))), defence(data.images(slice(2))))
     assert not trn.trained(classifier, data, images=8, **options | {"attack": "BIM"})[1]["cached"]
+    same = {"step_size": 1.0 / 255, "milestones": [0.6, 0.85], "augment": False}
+    assert trn.trained(classifier, data, images=8, **options, **same)[1]["cached"]  # the defaults, said aloud
+    config = trn.trained(classifier, data, images=8, **options, step_size=3 / 255, eps=12 / 255, milestones=[1 / 3, 2 / 3], augment=True)[1]["config"]
+    assert config["milestones"] == [1 / 3, 2 / 3] and config["augment"]["function"].startswith("advlab.zoo")
+    assert config["step"]["attack"]["step_size"] == 3 / 255
 
 
 def test_the_papers_attacks():
@@ -380,3 +385,16 @@ def test_radial_spectrum_finds_a_wave():
     assert len(spectrum) == 17 and spectrum.argmax() == 5 and spectrum[5] > 1e4 * spectrum[[3, 4, 6, 7]].max()
     white = trn.radial_spectrum(torch.randn(200, 1, 32, 32, generator=torch.Generator().manual_seed(0)))
     assert (white - 1).abs().max() < 0.15  # unit variance: unit power at every frequency
+
+
+def test_peaks_are_grids_and_not_a_smooth_decay():
+    decay = 1 / (1 + torch.arange(17.0)) ** 4
+    assert decay[8:].max() > 3 * decay[8:].median() and trn.peaks(decay)[0] == []
+    grid = decay.clone()
+    grid[[10, 16]] *= 5
+    found, largest, where = trn.peaks(grid)
+    assert found == [10, 16] and where == 10
+    assert largest == pytest.approx((2 * grid[10] / (decay[9] + decay[11])).item())
+    assert trn.peaks(grid, start=11)[0] == [16]  # compared with its one neighbour
+    grid[4] *= 100
+    assert trn.peaks(grid, ratio=10.0)[0] == []  # too low, or below 8 cycles

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from advlab import training, zoo
 from advlab.attacks import bim, core, fgsm, margin, pgd
-from advlab.attacks.adaptive import aware, bpda
+from advlab.attacks.adaptive import bpda
 from advlab.attacks.core import Model
 from advlab.attacks.ensemble import predict
 from advlab.data import Dataset
@@ -159,12 +159,71 @@ def masking(restorer: nn.Module, classifier: nn.Module, x: Tensor, y: Tensor, *,
             "share of zero entries": (grad == 0).flatten(1).double().mean(1), "gradient norm": grad.flatten(1).norm(dim=1)}
 
 
-def code_attack(model: nn.Sequential, x: Tensor, y: Tensor, *, guide: Tensor, eps: float, steps: int = 100,
-                generator: torch.Generator | None = None) -> Tensor:
-    """PGD (l_inf) on the encoder alone: brings the code of each image to that of its guide (B, C, H, W), an image of another class."""
-    def encode(v: Tensor) -> Tensor:
-        return model.restorer.encoder(model.restorer.pad(model.restorer.normalize(v)))[0]
+def code_attack(model: nn.Sequential, x: Tensor, y: Tensor, *, pool: Tensor, labels: Tensor, count: int = 5, eps: float, steps: int = 100,
+                places: float = 0.0, generator: torch.Generator | None = None) -> Tensor:
+    """PGD (l_inf) on the encoder alone: brings the code of each image to that of a guide, an image of `pool` (N, C, H, W) with another of `labels`
+    (N,), one after the other of its `count` nearest (see `guides`) until the model errs.
 
-    goal = encode(guide).detach()
-    near = aware(model, lambda v: -(encode(v) - goal).flatten(1).square().sum(1))
-    return pgd(near, x, y, eps=eps, steps=steps, loss=lambda z, _: z[:, -1], generator=generator)
+    places: weight of a hinge on the places of the maxima, the other half of what the encoder hands on: how far the value at the guide's place lies
+    below its window's maximum, squared and summed like the distance of the codes. ValueError for bad input, as in every attack and in `guides`."""
+    core.check_images(x, y)
+    encoder, out, alive = model.restorer.encoder, x.clone(), torch.arange(len(x), device=x.device)
+    with core.attacking(model):
+        for index in guides(model.restorer, x, y, pool, labels, count=count):
+            with torch.no_grad():
+                goal, at = encoder(_padded(model.restorer, pool[index[alive]]))
+
+            def nearness(v: Tensor, goal=goal, at=at) -> Tensor:
+                z, short = _padded(model.restorer, v), 0.0
+                for stage, wanted in zip(encoder.stages, at):
+                    full = stage(z)
+                    z = F.max_pool2d(full, 2)
+                    if places:
+                        short = short + (z.flatten(2) - full.flatten(2).gather(2, wanted.flatten(2))).square().sum((1, 2))
+                near = -(z - goal).flatten(1).square().sum(1) - places * short
+                return torch.stack([near, torch.zeros_like(near)], 1)  # no logits: pgd climbs the first column
+
+            out[alive] = pgd(nearness, x[alive], torch.zeros_like(y[alive]), eps=eps, steps=steps, loss=lambda z, _: z[:, 0], generator=generator)
+            alive = alive[predict(model, out[alive]).argmax(1) == y[alive]]
+            if not len(alive):
+                break
+    return out
+
+
+def guides(restorer: nn.Module, x: Tensor, y: Tensor, pool: Tensor, labels: Tensor, *, count: int = 5, batch_size: int = 256) -> Tensor:
+    """Where in `pool` (N, C, H, W) lie the images of another class whose codes are nearest to that of each image, (count, B), nearest first.
+    ValueError where an image has fewer than `count` of them."""
+    if ((labels != y[:, None]).sum(1) < count).any():
+        raise ValueError(f"an image has fewer than {count} images of other classes among {len(pool)}; give more, or ask for fewer")
+    with torch.no_grad():
+        near, far = (torch.cat([restorer.encoder(_padded(restorer, v))[0].flatten(1) for v in part.split(batch_size)]) for part in (x, pool))
+    return torch.cdist(near, far).masked_fill(labels == y[:, None], torch.inf).topk(count, largest=False).indices.T
+
+
+def _padded(restorer: nn.Module, v: Tensor) -> Tensor:
+    return restorer.pad(restorer.normalize(v))
+
+
+def interval(values: Tensor, others: Tensor | None = None) -> tuple[float, float, float]:
+    """The mean of values (N,), or how far it lies above that of `others` (M,), other images, and its normal 95 % interval: (mean, low, high). NaN
+    where either has less than two."""
+    parts = [v.double() for v in (values, others) if v is not None]
+    if min(map(len, parts)) < 2:
+        return (torch.nan,) * 3
+    mean = (parts[0].mean() - sum(v.mean() for v in parts[1:])).item()
+    half = 1.959964 * sum(v.var() / len(v) for v in parts).sqrt().item()
+    return mean, mean - half, mean + half
+
+
+def decide(*found: tuple[float, float, float], least: float = -torch.inf, most: float = torch.inf, digits: int = 1) -> tuple[str, str]:
+    """Whether every (value, low, high) found lies above `least` and below `most`: "held" where all intervals lie inside, "not held" where one lies
+    outside, else "undecided"; and the intervals as text."""
+    inside = all(low > least and high < most for _, low, high in found)
+    outside = any(high < least or low > most for _, low, high in found)
+    text = " and ".join(f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]" for value, low, high in found)
+    return "held" if inside else "not held" if outside else "undecided", text
+
+
+def told(found: dict[str, tuple[str, str]]) -> str:
+    """Statements and what `decide` makes of them as a verdict's text."""
+    return "; ".join(f"{text}: {answer} ({numbers})" for text, (answer, numbers) in found.items())

@@ -14,8 +14,9 @@ Derivatives. The offset o_N is constant in x while no sign and no y_L flips, so 
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -79,16 +80,22 @@ class Transform(nn.Module):
         self.delta, self.steps, self.step, self.start = delta, steps, step, start
         self.targeted, self.clip01, self.seed, self._drawn = targeted, clip01, seed, 0
 
-    def forward(self, x: Tensor, number: Tensor | None = None) -> Tensor:
-        """number: (B,) int64, what tells each image's draw from others; by default images are counted over all calls."""
+    def forward(self, x: Tensor, number: Tensor | None = None, *, labels: Tensor | None = None) -> Tensor:
+        """number: (B,) int64, what tells each image's draw from others; by default images are counted over all calls. labels: (B,) int64, the classes
+        to walk towards (from, where untargeted) instead of f_b's own choice, to see whether f_a reads them from the offset."""
         with torch.no_grad():
-            offset = self.walk(x, number)
-        return x + offset
+            offset = self.walk(x, number, labels)
+        return self.cut(x + offset)
 
-    def walk(self, x: Tensor, number: Tensor | None = None, *, soft: Callable | None = None, smoothed: nn.Module | None = None) -> Tensor:
-        """The offset g(x) - x, within delta. soft(v): what stands for sign(v) in the backward pass, which then unrolls all steps (see Unrolled)."""
-        offset, y = self.delta * self.noise(x, number), None
-        if self.steps:
+    def cut(self, out: Tensor) -> Tensor:
+        """With clip01 the images clipped to [0, 1], with the derivative of the identity; else the images as they are."""
+        return out.detach().clamp(0, 1) + (out - out.detach()) if self.clip01 else out
+
+    def walk(self, x: Tensor, number: Tensor | None = None, labels: Tensor | None = None, *, soft: Callable | None = None,
+             smoothed: nn.Module | None = None) -> Tensor:
+        """The offset o_N, within delta. soft(v): what stands for sign(v) in the backward pass, which then unrolls all steps (see Unrolled)."""
+        offset, y = self.delta * self.noise(x, number), labels
+        if self.steps and labels is None:
             with torch.no_grad():
                 y = self.f_b(x).argmin(1) if self.targeted else self.f_b(x).argmax(1)
         for _ in range(self.steps):
@@ -99,7 +106,7 @@ class Transform(nn.Module):
             offset = z.clamp(-self.delta, self.delta)
             if soft is not None:  # equation 5, the projection's derivative
                 offset = straight_through(offset, z * torch.where(z.abs() < self.delta, 1, (1 + z.abs()) ** -2).detach())
-        return straight_through(torch.clamp(offset, -x, 1 - x), offset) if self.clip01 else offset
+        return offset
 
     def noise(self, x: Tensor, number: Tensor | None = None) -> Tensor:
         """The start's offset from x in units of delta, (B, C, H, W)."""
@@ -135,7 +142,7 @@ class Unrolled(nn.Module):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.g(x, number)
         out = x + self.g.walk(x, number, soft=self.soft, smoothed=self.smoothed)
-        return straight_through(out.detach(), self.mix * x + (1 - self.mix) * out)
+        return self.g.cut(straight_through(out.detach(), self.mix * x + (1 - self.mix) * out))
 
     def soft(self, v: Tensor) -> Tensor:
         if self.temperature is not None:
@@ -165,7 +172,8 @@ def on_transformed(model, x, y, generator):
 
 def defended(data: Dataset, g: Transform, *, profile: str, epochs: int = 0, seed: int = 0, progress: bool = True) -> tuple[nn.Sequential, dict]:
     """The defence f_a(g(x)), Sequential(restorer=g, classifier=f_a), and its record; only f_a is trained, of the profile's target architecture,
-    for `epochs` or the recipe's. Where that says `warm`, f_a starts from one network trained on "noise", which all share."""
+    for `epochs` or the recipe's. Where that says `warm`, f_a starts from one network trained on "noise" of delta 0.2, which all share and whose
+    seconds the record counts too."""
     recipe, target, (mean, std) = RECIPES[profile], zoo.RECIPES[profile]["target"], data.mean_std()
     settings = recipe["fit"] | {"train_modules": ["classifier"], "augment": zoo.augmentation(data), "seed": seed, "progress": progress}
     settings["amp"] = training.fast_bfloat16() if "amp" in settings else None
@@ -176,18 +184,36 @@ def defended(data: Dataset, g: Transform, *, profile: str, epochs: int = 0, seed
         model = nn.Sequential(OrderedDict(restorer=g, classifier=f_a))
         return training.load_or_fit(f"{profile}-{data.name}-{name}-{seed}", model, on_transformed, data, epochs=epochs, **settings)
 
-    if recipe["warm"]:
-        noisy = fitted("f_a-noise", Transform(nn.Identity(), **VARIANTS["noise"]), f_a, recipe["warm"])
-        if not g.steps:
-            return noisy
-        f_a = noisy[0].classifier
-    return fitted("f_a", g, f_a, epochs or recipe["epochs"])
+    if not recipe["warm"]:
+        return fitted("f_a", g, f_a, epochs or recipe["epochs"])
+    noisy, before = fitted("f_a-noise", Transform(nn.Identity(), **VARIANTS["noise"]), f_a, recipe["warm"])
+    if not g.steps:
+        return noisy, before
+    model, record = fitted("f_a", g, noisy.classifier, epochs or recipe["epochs"])
+    return model, record | {"seconds": before["seconds"] + record["seconds"]}
 
 
 def expected(g: nn.Module, x: Tensor, *, samples: int, batch_size: int = 512) -> tuple[Tensor, Tensor]:
     """Two independent means of samples / 2 draws of g(x), (B, C, H, W) each: their mean estimates E g(x), their distance is its noise floor."""
     draws = predict(g, x.repeat_interleave(2 * (samples // 2), 0), batch_size)
     return tuple(draws.unflatten(0, (len(x), 2, -1)).mean(2).unbind(1))
+
+
+def interval(values: Tensor) -> tuple[float, float]:
+    """A 95 % interval for the mean of independent values (n,): 1.96 standard errors to either side, none for a single value."""
+    half = 1.96 * values.double().std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return values.double().mean().item() - half, values.double().mean().item() + half
+
+
+def rises(series: Sequence[Tensor]) -> bool:
+    """Whether a quantity of the same images, a tensor (n,) for each point, rises along the points: the last lies above the first by more than the
+    95 % interval of their paired difference, and no neighbours fall by more than theirs."""
+    return interval(series[-1] - series[0])[0] > 0 and all(interval(b - a)[1] >= 0 for a, b in pairwise(series))
+
+
+def through(surrogate: nn.Module, attack: Callable) -> Callable:
+    """The attack (model, x, y) as one that differentiates `surrogate`, whatever model it is given."""
+    return lambda _, x, y: attack(surrogate, x, y)
 
 
 def repo_bpda(defence: nn.Sequential, x: Tensor, y: Tensor, *, eps: float, steps: int = 20, step_size: float = 0.003,
