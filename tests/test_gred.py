@@ -9,8 +9,8 @@ from helpers import PassCounter, assert_pure, linear_model
 from torch import nn
 
 from advlab import detection, training
-from advlab.attacks import core, fgsm
-from advlab.attacks.adaptive import aware
+from advlab.attacks import core, fgsm, pgd
+from advlab.attacks.adaptive import aware, rejecting
 from advlab.defenses import gred
 from advlab.gradients import input_sensitivity, log_odds_gradient, log_sensitivity
 
@@ -216,7 +216,15 @@ def test_pooled_pairs_stay_in_the_order_of_their_sources():
     assert both.index.tolist() == [i for i in range(10) for _ in range(2)] and (both.tried, both.fell) == (20, 20)
     torch.testing.assert_close(both.x_adv, both.x + 0.4)
     thin = gred.pooled([made(10), made(10, 1)], 5)
-    assert thin.index.tolist() == [0, 2, 4, 6, 8]
+    assert len(thin.x) == 5 and thin.index.tolist() == sorted(thin.index.tolist())
+
+
+def test_thinned_pairs_come_from_every_attack():
+    every = [made(400, k) for k in range(8)]
+    thin = gred.pooled(every, 800)
+    origin = torch.stack([(thin.x == p.x[thin.index]).flatten(1).all(1) for p in every])
+    assert (origin.sum(0) == 1).all() and all(60 <= count <= 140 for count in origin.sum(1).tolist())  # 100 each, give or take four deviations
+    assert torch.equal(thin.x, gred.pooled(every, 800).x) and not torch.equal(thin.x, gred.pooled(every, 800, seed=1).x)
 
 
 def test_a_detector_learns_and_no_source_is_in_both_splits(tmp_path, monkeypatch):
@@ -367,6 +375,71 @@ def test_orthogonal_pgd_is_pure_stays_in_its_ball_and_costs_what_it_says(linear,
         gred.orthogonal_pgd(model, images, y, eps=0.1, steps=4)
     assert (passes.forward, passes.backward) == (60, 120)
     assert torch.equal(gred.orthogonal_pgd(model, images, y, eps=0.0, steps=2), images)
+
+
+def test_pressed_models_are_pressed_by_the_slack_and_judged_by_the_detector(linear, images):
+    org, sen, y = Fixed(10, 0.5), Fixed(-3, 0.4), linear(images).argmax(1)
+    suspicion = gred.Suspicion(org, sen)
+    out = gred.Pressed(linear, suspicion, slack=0.2)(images)
+    assert torch.equal(out[:, :5], linear(images)) and torch.equal(out[:, 6], suspicion(images))
+    torch.testing.assert_close(out[:, 5], gred.Suspicion(org, sen, slack=0.2)(images))
+    assert torch.equal(gred.passing(out, y, True), suspicion(images) <= 0) and not gred.passing(out, y).any()
+    torch.testing.assert_close(gred.pressing(core.cross_entropy, weight=2.0)(out, y), core.cross_entropy(out[:, :5], y) - 2 * out[:, 5].relu())
+    x = images.clone().requires_grad_()
+    soft = gred.Pressed(linear, suspicion, slack=0.2, backward=gred.Suspicion(Fixed(1000, -5.0), sen))(x)
+    torch.testing.assert_close(soft, out, atol=1e-3, rtol=0)
+    assert torch.autograd.grad(soft[:, 5].sum(), x)[0].flatten(1).sum(1).min() > 900
+
+
+class Threes(nn.Module):
+    """Logits (x0, 0.5, x1) of two pixels and a flag of 0.5 - x1."""
+
+    def forward(self, x):
+        v = x.flatten(1)
+        return torch.stack([v[:, 0], torch.full_like(v[:, 0], 0.5), v[:, 1], 0.5 - v[:, 1]], 1)
+
+
+def test_leaving_ends_neither_in_the_label_nor_in_flagged():
+    model, x = rejecting(Threes()), torch.tensor([[0.9, 0.3], [0.1, 0.3]]).view(2, 1, 1, 2)
+    y = torch.tensor([0, 1])
+    z = gred.Merged(model, 1)(x)
+    assert z.shape == (2, 3) and torch.equal(z[:, [0, 2]], model(x)[:, [0, 2]]) and torch.equal(z[:, 1], model(x)[:, [1, 3]].amax(1))
+    out = gred.leaving(model, partial(pgd, eps=0.5, steps=20), y, x)
+    assert (model(out).argmax(1) < 3).all() and (model(out).argmax(1) != y).all()
+
+
+def test_going_on_stays_in_the_ball_round_x_and_rests_where_it_fools(linear, images):
+    y = linear(images).argmax(1)
+    start = (images + 0.3).clamp(0, 1)
+    out = gred.onwards(linear, start, images, y, eps=0.1, steps=5)
+    assert (out - images).abs().max() <= 0.1 + 1e-6
+    wrong = (y + 1) % 5
+    assert torch.equal(gred.onwards(linear, images, images, wrong, eps=0.1, steps=5), images)
+    toward = gred.onwards(linear, images, images, wrong, eps=0.5, steps=20, targeted=True)
+    assert (linear(toward).argmax(1) == wrong).float().mean() > 0.8
+
+
+def test_the_nearest_answer_that_passes_is_kept(linear, images):
+    y, never = linear(images).argmax(1), gred.Suspicion(Fixed(10, 2.0))
+    wrong = (y + 1) % 5
+    near, far = (images + 0.02).clamp(0, 1), (images + 0.1).clamp(0, 1)
+    kept, won, raw = gred.nearest_passing(linear, never, images, linear(near).argmax(1), [far, near], targeted=True)
+    assert won.all() and raw.all() and torch.equal(kept, gred.round8(near))
+    kept, won, _ = gred.nearest_passing(linear, gred.Suspicion(Fixed(10, -2.0)), images, wrong, [far, near])
+    assert not won.any() and torch.equal(kept, gred.round8(far))
+
+
+def test_the_second_stage_sheds_the_flag_and_keeps_a_wrong_class(linear, images):
+    images, y = gred.round8(images), linear(gred.round8(images)).argmax(1)
+    suspicion = gred.Suspicion(Fixed(10, images.mean().item()))
+    for name, attack in gred.attacks(eps=0.3, steps=20, ddn_steps=60, cw_steps=60).items():
+        if name.endswith("-U"):
+            bare = attack(linear, images, y)
+            out = gred.two_stage(linear, suspicion, attack, bare, images, y)
+            already, passed = (gred.bypassed(linear, suspicion, gred.round8(v), y) for v in (bare, out))
+            assert already.sum() < 12 and passed.sum() > already.sum(), name
+            if name[:3] in ("FGS", "PGD"):
+                assert (out - images).abs().max() <= 0.3 + 1e-6
 
 
 def test_the_attacks_are_the_papers_eight():

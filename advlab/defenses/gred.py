@@ -8,6 +8,7 @@ images whose most sensitive pixels were replaced at random (eqs. 13-14), the oth
 - The detectors see S on a fixed logarithmic scale, 0 at 1e-12 and 1 at 1, never normalised by image, since its size is the signal.
 - alpha of eq. 13 is a threshold, and masks less the larger it is, yet text and Fig. 5 treat it as a masking rate: `suspects` has both, the rate is
   the default. Random values have mean and deviation of the image over all channels and replace a suspect with probability 1/2.
+- Its untargeted white box is "a two-stage scheme" without details: `two_stage`.
 - f_rec answers with the mean softmax over 10 fresh masks. DET_sal (Zhang et al. 2018) is our reading: |gradient| of the predicted logit at stages 2
   and 4 of f, mean over channels, stacked with the image."""
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 
 from advlab import paths, training
 from advlab.attacks import core, cw, ddn, deepfool, fgsm, pgd
+from advlab.attacks.adaptive import aware, bpda, rejecting, straight_through, undetected
 from advlab.attacks.core import Loss, Model, rows
 from advlab.attacks.ensemble import predict
 from advlab.checkpoints import describe, fingerprint, seal, trusted, unseal, write
@@ -90,11 +92,13 @@ def crafted(f: nn.Module, x: Tensor, y: Tensor, tries: Mapping[str, Callable], n
     return out
 
 
-def pooled(every: Sequence[Pairs], n: int) -> Pairs:
-    """The pairs of several attacks on the same images, in the order of their sources, thinned evenly to n."""
+def pooled(every: Sequence[Pairs], n: int, *, seed: int = 0) -> Pairs:
+    """The pairs of several attacks on the same images, in the order of their sources, thinned to n of them drawn at random, whatever the attack."""
     columns = [torch.cat(column) for column in zip(*((p.x, p.x_adv, p.raw, p.y, p.index) for p in every))]
     order = columns[4].argsort(stable=True)
-    order = order[torch.arange(n, device=order.device) * len(order) // n] if n < len(order) else order
+    if n < len(order):
+        kept = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))[:n].sort().values
+        order = order[kept.to(order.device)]
     return Pairs(*(v[order] for v in columns), sum(p.tried for p in every), sum(p.fell for p in every))
 
 
@@ -171,9 +175,13 @@ class Suspicion(nn.Module):
         self.branches, self.slack = nn.ModuleList(branches), slack
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = [branch(x) for branch in self.branches]
-        if self.slack is not None:
-            return sum(F.relu(z[:, 1] - z[:, 0] + self.slack) for z in logits) - 1e-6
+        return self.weigh([branch(x) for branch in self.branches], slack=self.slack)
+
+    @staticmethod
+    def weigh(logits: Sequence[Tensor], *, slack: float | None = None) -> Tensor:
+        """What the branches' logits, each (B, 2), come to."""
+        if slack is not None:
+            return sum(F.relu(z[:, 1] - z[:, 0] + slack) for z in logits) - 1e-6
         z = logits[0] if len(logits) == 1 else select(*logits)
         return z[:, 1] - z[:, 0]
 
@@ -248,9 +256,107 @@ class GRED(nn.Module):
         return self.f(x).index_put((at,), self.recover(x[at])) if len(at) else self.f(x)
 
 
+class Pressed(nn.Module):
+    """x -> (B, L + 2), f and a Suspicion as an attacker sees them: the logits, the attacker's form of the suspicion, which a loss can press down,
+    and the suspicion itself, which `passing` judges by. backward: other branches, whose derivative stands in for that of the attacker's form."""
+
+    def __init__(self, f: nn.Module, suspicion: Suspicion, *, slack: float = 0.1, backward: Suspicion | None = None):
+        super().__init__()
+        self.f, self.suspicion, self.slack, self.backward = f, suspicion, slack, backward
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = [branch(x) for branch in self.suspicion.branches]
+        press = Suspicion.weigh(logits, slack=self.slack)
+        if self.backward is not None:
+            press = straight_through(press, Suspicion.weigh([branch(x) for branch in self.backward.branches], slack=self.slack))
+        return torch.cat([self.f(x), press[:, None], Suspicion.weigh(logits)[:, None]], 1)
+
+
+def pressing(loss: Loss, **how) -> Loss:
+    """`undetected` for `Pressed` models."""
+    inner = undetected(loss, **how)
+    return lambda out, y: inner(out[:, :-1], y)
+
+
+def passing(out: Tensor, y: Tensor, targeted: bool = False) -> Tensor:
+    """(B,) bool: the classifier of a `Pressed` model is fooled and its suspicion raises no flag."""
+    return core.fooled(out[:, :-2], y, targeted) & (out[:, -1] <= 0)
+
+
+class Merged(nn.Module):
+    """A `rejecting` model of L + 1 classes as one of L, whose class `label` also stands for "flagged": an image that leaves it has another label and
+    no flag."""
+
+    def __init__(self, model: nn.Module, label: int):
+        super().__init__()
+        self.model, self.label = model, label
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.model(x)
+        return z[:, :-1].index_copy(1, torch.tensor([self.label], device=z.device), torch.maximum(z[:, self.label], z[:, -1])[:, None])
+
+
+def leaving(model: nn.Module, attack: Callable, y: Tensor, *images: Tensor) -> Tensor:
+    """An untargeted attack on a `rejecting` model that ends neither in "flagged" nor in the label: attack(model, *images, y), (B, C, H, W), label by
+    label on `Merged` models."""
+    out = images[0].clone()
+    for label in y.unique().tolist():
+        at = y == label
+        out[at] = attack(Merged(model, label), *(v[at] for v in images), y[at])
+    return out
+
+
+def onwards(model: Model, start: Tensor, x: Tensor, y: Tensor, *, eps: float, steps: int, step_size: float | None = None,
+            targeted: bool = False) -> Tensor:
+    """l_inf PGD (default step 2.5 eps / steps) from `start`, inside the ball of radius eps round x; an image rests where it fools. n + n passes."""
+    budget = core.check_budget(eps, x)
+    step, x_t = 2.5 * budget / steps if step_size is None else step_size, core.project(start, x, budget, "linf")
+    with core.attacking(model):
+        for _ in range(steps):
+            logits, _, grad = core.gradient(model, x_t, y, core.cross_entropy)
+            moved = core.project(x_t + (-step if targeted else step) * core.steepest(grad, "linf"), x, budget, "linf")
+            x_t = torch.where(rows(core.fooled(logits, y, targeted)), x_t, moved)
+    return core.finish(x_t)
+
+
 def bypassed(f: Model, suspicion: Model, x: Tensor, y: Tensor, *, targeted: bool = False) -> Tensor:
     """(B,) bool: f is fooled (targeted: answers y) and no flag is raised, the paper's success in the white box."""
     return core.fooled(predict(f, x), y, targeted) & (predict(suspicion, x) <= 0)
+
+
+def nearest_passing(f: Model, suspicion: Model, x: Tensor, y: Tensor, answers: Sequence[Tensor], *,
+                    targeted: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Several answers for each image, judged in 8 bits: the one nearest to x that passes (see `bypassed`), else the first, (B, C, H, W); whether it
+    passes, (B,); whether an answer passes unrounded, (B,)."""
+    eight = torch.stack([round8(v) for v in answers])
+    won, raw = (torch.stack([bypassed(f, suspicion, v, y, targeted=targeted) for v in group]) for group in (eight, answers))
+    far = (eight - x).flatten(2).norm(dim=2).masked_fill(~won, torch.inf)
+    return eight[far.argmin(0), torch.arange(len(x), device=x.device)], won.any(0), raw.any(0)
+
+
+def two_stage(f: nn.Module, suspicion: nn.Module, attack: partial, bare: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The paper's untargeted white box, our reading, (B, C, H, W): from `bare`, the answer to `attack` (one of `attacks`) on f, the same attack goes
+    on against f and "flagged" (L + 1 classes, rounded to 8 bits) to the class that f sees in `bare`; where that fails, see `leaving`.
+
+    Minimal-norm attacks look for the image nearest to `bare`, fgsm and pgd stay in the ball round x. DeepFool has no targeted form, and rounding
+    would undo its small steps: it first leaves "flagged", unrounded."""
+    guarded, seen, options = rejecting(aware(f, suspicion)), predict(f, bare), attack.keywords
+
+    def go(model: nn.Module, start: Tensor, x: Tensor, y: Tensor, **how) -> Tensor:
+        if attack.func not in (fgsm, pgd):
+            return attack(model, start, y, **how)
+        step = options["eps"] if attack.func is fgsm else options.get("step_size")
+        return onwards(model, start, x, y, eps=options["eps"], steps=options.get("steps", 1), step_size=step, **how)
+
+    if attack.func is deepfool:
+        out = attack(guarded, bare, torch.full_like(y, seen.shape[1]))
+    else:
+        guarded = bpda(round8, guarded)
+        out = go(guarded, bare, x, seen.argmax(1), targeted=True)
+    left = ~bypassed(f, suspicion, round8(out), y)
+    if left.any():
+        out[left] = leaving(guarded, go, y[left], bare[left], x[left])
+    return out
 
 
 def selective(loss: Loss) -> Loss:
