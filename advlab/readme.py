@@ -59,6 +59,13 @@ def speed() -> str:
     return f"{markdown(header, lines)}\n\nBatches of {rows[-1]['n']}, medians [quartiles]; interleaved rounds, but for the own passes. {source}"
 
 
+def defences() -> str:
+    """What gradient maps for ten labels and the transformation cost beside the passes they need (benchmarks/gradient_maps.py, transform.py)."""
+    lines = [[r["network"], r["system"].replace(" / ", " over "), f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", f"{r['goal']:g}" if "goal" in r else "-"]
+             for name in ("gradient_maps", "transform") for r in _rows(name, "benchmark") if r["unit"] == "ratio"]
+    return f"{markdown(('networks', 'time of', 'ratio', 'goal: at most'), lines)}\n\nBatches of 64 on one thread of a CPU, medians [quartiles] of interleaved rounds."
+
+
 def strength() -> str:
     """What our attacks leave standing, or the norms they find, beside the strongest peer's (benchmarks/strength.py)."""
     rows, source = _benchmark("attacks_strength")
@@ -135,7 +142,7 @@ def compared() -> str:
     return f"{markdown(header, lines)}\n\n{note}" + (f" Not there yet: {', '.join(f'`{name}`' for name in missing)}." if missing else "")
 
 
-BLOCKS: dict[str, Callable[[], str]] = {f.__name__: f for f in (classifiers, claims, compared, hgd, speed, strength)}
+BLOCKS: dict[str, Callable[[], str]] = {f.__name__: f for f in (classifiers, claims, compared, defences, hgd, speed, strength)}
 
 
 def filled(text: str) -> str:
