@@ -61,9 +61,11 @@ def speed() -> str:
 
 def defences() -> str:
     """What gradient maps for ten labels and the transformation cost beside the passes they need (benchmarks/gradient_maps.py, transform.py)."""
-    lines = [[r["network"], r["system"].replace(" / ", " over "), f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", f"{r['goal']:g}" if "goal" in r else "-"]
-             for name in ("gradient_maps", "transform") for r in _rows(name, "benchmark") if r["unit"] == "ratio"]
-    return f"{markdown(('networks', 'time of', 'ratio', 'goal: at most'), lines)}\n\nBatches of 64 on one thread of a CPU, medians [quartiles] of interleaved rounds."
+    ratios = [r for name in ("gradient_maps", "transform") for r in _rows(name, "benchmark") if r["unit"] == "ratio"]
+    lines = [[r["network"], r["system"].replace(" / ", " over "), f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]",
+              f"{r.get('goal', '-')}"] for r in ratios]
+    table = markdown(("networks", "time of", "ratio", "goal: at most"), lines)
+    return f"{table}\n\nBatches of 64 on one thread of a CPU, medians [quartiles] of interleaved rounds."
 
 
 def strength() -> str:
