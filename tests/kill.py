@@ -86,7 +86,7 @@ def main() -> None:
                 resumed = ["--resume"]
                 begun = time.monotonic()
                 try:
-                    code = process.wait(moments.uniform(0.1, 0.9) * whole if kills < options.kills else None)
+                    code = process.wait(moments.uniform(0.1, 0.5) * whole if kills < options.kills else None)  # of what a whole run takes
                 except subprocess.TimeoutExpired:
                     kill(process)
                     kills += 1
