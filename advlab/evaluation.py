@@ -66,6 +66,13 @@ def score(right: Tensor) -> dict:
     return row
 
 
+def pooled(right: Sequence[Tensor]) -> dict:
+    """How a system fares under several attacks on the same images, as row fields: `score` of the judgements (1, B), one for each attack. The
+    value is the mean over the attacks and n the number of images, as two attacks on one image are not two draws; `pooled_attacks` counts them."""
+    fields = score(torch.cat(list(right)))
+    return {k: v for k, v in fields.items() if k not in ("draws", "spread", "majority")} | {"pooled_attacks": len(right)}
+
+
 def accuracy(victim: Model, x: Tensor, y: Tensor, *, draws: int = 1, batch_size: int = 256) -> dict:
     """Accuracy on images (B, C, H, W) in [0, 1], as the row fields of `score`."""
     core.check_images(x, y)

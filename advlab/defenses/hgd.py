@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from advlab import checkpoints, evaluation, paths, training
+from advlab import checkpoints, paths, training
 from advlab.attacks import core
 from advlab.attacks.blackbox import ensemble
 from advlab.attacks.gradient import bim, pgd
@@ -98,13 +98,6 @@ def pool(models: Sequence[nn.Module], x: Tensor, *, extra: Sequence[str] = EXTRA
     made = {"key": key, "x_adv": x_adv, "kind": kind, "eps": budget, "names": names, "seconds": time.perf_counter() - start}
     checkpoints.write(file, checkpoints.seal(made))
     return made
-
-
-def pooled(right: Sequence[Tensor]) -> dict:
-    """How a system fares under several attacks on the same images, as row fields: evaluation.score of the judgements (1, B), one for each attack. The
-    value is the mean over the attacks and n the number of images, as two attacks on one image are not two draws; `pooled_attacks` counts them."""
-    score = evaluation.score(torch.cat(list(right)))
-    return {k: v for k, v in score.items() if k not in ("draws", "spread", "majority")} | {"pooled_attacks": len(right)}
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------------------------------

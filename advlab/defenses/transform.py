@@ -201,8 +201,8 @@ def expected(g: nn.Module, x: Tensor, *, samples: int, batch_size: int = 512) ->
 
 def interval(values: Tensor) -> tuple[float, float]:
     """A 95 % interval for the mean of independent values (n,): 1.96 standard errors to either side, none for a single value."""
-    half = 1.96 * values.double().std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return values.double().mean().item() - half, values.double().mean().item() + half
+    mean, half = values.double().mean().item(), 1.96 * values.double().std().item() / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return mean - half, mean + half
 
 
 def rises(series: Sequence[Tensor]) -> bool:
