@@ -200,8 +200,9 @@ def test_frozen_parts_stay_in_eval_mode_and_bit_identical(by_name):
     assert all(p.requires_grad == by_name and p.grad is None for p in classifier.parameters())
 
 
-def test_autocast_gives_every_parameter_a_gradient():
+def test_autocast_gives_every_parameter_a_gradient(monkeypatch):
     """A pass under no_grad must not leave cast weights behind that the training pass would use: TRADES makes one."""
+    monkeypatch.setattr(training, "fast_bfloat16", lambda where: True)
     model = network()
     before = {k: v.clone() for k, v in model.named_parameters()}
     rows = fit(model, partial(trades, eps=EPS, steps=2), make_data(), amp=True, weight_decay=0.0, **QUICK)

@@ -106,9 +106,10 @@ class WaveletSR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (b, c, h, w), flat = x.shape, F.pad(x, (1, 1, 1, 1), mode="reflect").reshape(-1, 1, x.shape[2] + 2, x.shape[3] + 2)
-        z = F.conv2d(flat, self.haar)  # every shift at once
+        haar = self.haar.to(x)  # like its siblings it needs no move to the device of the images
+        z = F.conv2d(flat, haar)  # every shift at once
         z = torch.cat([z[:, :1], F.softshrink(z[:, 1:], self.threshold)], 1)
-        smooth = (F.conv_transpose2d(z, self.haar) / 4)[:, :, 1:-1, 1:-1].reshape(b, c, h, w)
+        smooth = (F.conv_transpose2d(z, haar) / 4)[:, :, 1:-1, 1:-1].reshape(b, c, h, w)
         large = F.interpolate(smooth, scale_factor=2, mode="bicubic", align_corners=False)
         return F.interpolate(large, size=(h, w), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
 

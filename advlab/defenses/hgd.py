@@ -178,7 +178,7 @@ def train(name: str, classifier: nn.Module, models: Sequence[nn.Module], source:
     build = partial(assemble, name, classifier, channels=source.shape[0], widths=list(widths), mean=mean, std=std)
     watch = partial(validation, held=partial(pairs, images=held, start=len(source) - held, **common), guide=guide)
     return training.load_or_fit(f"hgd-{label}-{name}", build, partial(guided, guide=guide), partial(pairs, images=images, **common), epochs=epochs,
-                                batch_size=batch_size, lr=lr, amp=training.fast_bfloat16(), evaluate=watch, seed=seed, progress=progress, **FIT)
+                                batch_size=batch_size, lr=lr, amp=True, evaluate=watch, seed=seed, progress=progress, **FIT)
 
 
 def train_online(classifier: nn.Module, source: Dataset, *, label: str, images: int, epochs: int, eps: float, steps: int = 2,

@@ -36,8 +36,8 @@ RECIPES = {  # SegNet's width and its stages at 32 px; what training.load_or_fit
               "finetune": {"epochs": 2, "lr": 2e-3, "batch_size": 32}},
     "standard": {"width": 16, "stages": 3, "reconstruct": {"epochs": 5, "lr": 1e-2, "batch_size": 64, "amp": True},
                  "finetune": {"epochs": 2, "lr": 2e-3, "batch_size": 64, "amp": True}},
-    "paper": {"width": 64, "stages": 3, "reconstruct": {"epochs": 100, "lr": 1e-3, "schedule": "cosine"},
-              "finetune": {"epochs": 20, "lr": 1e-4, "schedule": "milestones", "milestones": (0.75,)}},
+    "paper": {"width": 64, "stages": 3, "reconstruct": {"epochs": 100, "lr": 1e-3, "schedule": "cosine", "amp": True},
+              "finetune": {"epochs": 20, "lr": 1e-4, "schedule": "milestones", "milestones": (0.75,), "amp": True}},
 }
 
 
@@ -78,8 +78,7 @@ def chain(restorer: nn.Module, classifier: nn.Module) -> nn.Sequential:
 def _settings(stage: str, data: Dataset, profile: str, seed: int) -> dict:
     if profile not in RECIPES:
         raise ValueError(f"no recipe for profile {profile!r}; choose one of {', '.join(RECIPES)}")
-    recipe = {"optimizer": "adam", "weight_decay": 0.0, "augment": zoo.augmentation(data), "seed": seed} | RECIPES[profile][stage]
-    return recipe | ({"amp": training.fast_bfloat16()} if "amp" in recipe else {})
+    return {"optimizer": "adam", "weight_decay": 0.0, "augment": zoo.augmentation(data), "seed": seed} | RECIPES[profile][stage]
 
 
 def cw_descent(model: Model, x: Tensor, y: Tensor, *, eps: float, steps: int = 100, weight: float = 10.0, kappa: float = 0.0,

@@ -5,8 +5,8 @@ N = 13, eta = Delta / 6, Delta = 0.2 (equations 2 and 3). f_a is trained on g(x)
 
 What the paper leaves silent, and what was chosen. g(x) is not clipped to [0, 1] (`clip01` does). The layers of f_b are in an appendix that we do
 not have: `models.vgg0`, adversarially trained at 8/255. Table 1's epochs are runs of constant learning rate, which agree on their common epochs. f_b
-is stored with batch norm folded into its convolutions and without dropout, so that neither train() nor a training of f_a can change it. Under
-bfloat16 autocast, which has float32's range, g follows. An image's start is a hash of (seed, its number, its pixel), and images are numbered as they
+is stored with batch norm folded into its convolutions and without dropout, so that neither train() nor a training of f_a can change it. Where f_a
+trains in bfloat16, g stays in float32. An image's start is a hash of (seed, its number, its pixel), and images are numbered as they
 pass through g: a seed gives the same g(x) however a batch is split, and no two passes share a draw. Training numbers images by its own generator.
 
 Derivatives. The offset o_N is constant in x while no sign and no y_L flips, so that dg/dx is the identity almost everywhere: autograd through
@@ -40,7 +40,7 @@ RECIPES = {  # f_b: width, PGD steps and settings of its adversarial training; f
     "quick": {"width": 16, "pgd": 1, "at": {"epochs": 3, **ADAM, "lr": 2e-3}, "warm": 30, "epochs": 1, "fit": {**ADAM, "lr": 6e-3}},
     "standard": {"width": 16, "pgd": 3, "at": {"epochs": 5, **ADAM, "lr": 2e-3}, "warm": 0, "epochs": 3, "fit": {"lr": 0.1, "amp": True}},
     "paper": {"width": 64, "pgd": 10, "at": {"epochs": 80, "lr": 0.1, "schedule": "milestones", "milestones": (0.625, 0.875)}, "warm": 0,
-              "epochs": 80, "fit": {"lr": 0.1, "schedule": "constant", "weight_decay": 0.0}}}
+              "epochs": 80, "fit": {"lr": 0.1, "schedule": "constant", "weight_decay": 0.0, "amp": True}}}
 
 
 def starts(number: Tensor, shape: tuple[int, ...], *, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -167,7 +167,9 @@ def external(data: Dataset, kind: int | str, *, profile: str, eps: float = 8 / 2
 def on_transformed(model, x, y, generator):
     """The step of f_a: cross-entropy of model.classifier on fresh draws of model.restorer(x) (equation 1)."""
     number = torch.randint(2**31, (len(x),), generator=generator, device=generator.device)
-    return training.standard(model.classifier, model.restorer(x, number), y, generator)
+    with torch.autocast(x.device.type, enabled=False):
+        moved = model.restorer(x, number)
+    return training.standard(model.classifier, moved, y, generator)
 
 
 def defended(data: Dataset, g: Transform, *, profile: str, epochs: int = 0, seed: int = 0, progress: bool = True) -> tuple[nn.Sequential, dict]:
@@ -176,7 +178,6 @@ def defended(data: Dataset, g: Transform, *, profile: str, epochs: int = 0, seed
     seconds the record counts too."""
     recipe, target, (mean, std) = RECIPES[profile], zoo.RECIPES[profile]["target"], data.mean_std()
     settings = recipe["fit"] | {"train_modules": ["classifier"], "augment": zoo.augmentation(data), "seed": seed, "progress": progress}
-    settings["amp"] = training.fast_bfloat16() if "amp" in settings else None
     with seeded(seed):
         f_a = classifier(target["arch"], num_classes=data.num_classes, channels=data.shape[0], width=target["width"], mean=mean, std=std)
 
