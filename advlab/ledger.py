@@ -38,10 +38,9 @@ def entries(profile: str) -> list[dict]:
     None. n and least are the largest and smallest number of images behind a value; measure is one of the values, the paper's in brackets."""
     found, out = documents(profile), []
     for e in reference.exhibits():
-        ran = [dataset for notebook, dataset in found if notebook == e["notebook"]]
-        for dataset in ran or [None]:
-            rows = [r for r in found.get((e["notebook"], dataset), {"rows": []})["rows"] if r["exhibit"] == e["id"]]
-            out.append(_entry(e, profile, dataset, rows))
+        ran = {dataset: rows for (notebook, dataset), document in found.items()
+               if notebook == e["notebook"] and (rows := [r for r in document["rows"] if r["exhibit"] == e["id"]])}
+        out += [_entry(e, profile, dataset, rows) for dataset, rows in (ran or {None: []}).items()]
     return out
 
 

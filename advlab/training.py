@@ -38,6 +38,7 @@ CODE = 1  # raise it when training gives other weights than before: cached check
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("onecycle", "cosine", "milestones", "constant")
 torch.backends.cudnn.allow_tf32 = False  # by default CUDA's convolutions keep 10 bits of a mantissa, too few for the small gradients that decide here
+torch.backends.cudnn.deterministic = True  # and may sum in another order each time, which turns signs of gradients near 0
 RUNTIME = ("model", "device", "checkpoint", "save_every", "progress")  # arguments of fit that are no part of its configuration
 
 Step = Callable[[nn.Module, Tensor, Tensor, torch.Generator], tuple[Tensor, dict[str, Tensor]]]
