@@ -2,6 +2,7 @@ import copy
 import math
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -402,3 +403,38 @@ def test_folded_batch_norm_gives_the_same_logits_and_input_gradients(name):
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-4)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in twin.modules())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [partial(classifier, "small_cnn"), partial(classifier, "resnet18"), unet, partial(segnet, stages=2)])
+def test_frozen_units_fold_batch_norm_as_they_go_and_nothing_else_changes(build):
+    """With frozen parameters no batch norm runs, and logits and input gradients are those of a plain Sequential; with a hook, in training, or when
+    a parameter's gradient is wanted, every layer runs."""
+    with seeded(0):
+        model = build(width=4) if build is not unet else unet(widths=(4, 8))
+        model.double()
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.uniform_(-1, 1), m.running_var.uniform_(0.5, 2), nn.init.uniform_(m.weight, 0.5, 2), nn.init.uniform_(m.bias)
+        if build is unet:
+            nn.init.normal_(model.final.weight)
+    model.eval()
+    x = torch.linspace(0, 1, 2 * 3 * 32 * 32, dtype=torch.float64).view(2, 3, 32, 32).requires_grad_()
+    weights = {n: p for n, p in model.named_parameters()}
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+    def answer(wanted: bool):
+        for p in weights.values():
+            p.requires_grad_(wanted)
+        with mock.patch.object(F, "batch_norm", wraps=F.batch_norm) as norm:
+            out = model(x)
+        return norm.call_count, out, *torch.autograd.grad(out.square().sum(), [x, *(weights.values() if wanted else ())], materialize_grads=True)
+
+    all_run, plain, slope, *of_weights = answer(True)
+    none_run, out, grad = answer(False)
+    assert (all_run, none_run) == (len(norms), 0) and all(g.isfinite().all() for g in of_weights) and any(g.any() for g in of_weights)
+    torch.testing.assert_close((out, grad), (plain, slope), rtol=1e-9, atol=1e-9)
+    handle = norms[0].register_forward_hook(lambda *_: None)
+    assert answer(False)[0] == 1
+    handle.remove()
+    model.train()
+    assert answer(False)[0] == len(norms)

@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from .layers import Normalize, Pad, Statistic, conv_unit, he_init
+from .layers import Normalize, Pad, Statistic, Units, conv_unit, he_init
 from .pretrained import TORCHVISION, torchvision_classifier
 
 
@@ -73,10 +73,10 @@ class BasicBlock(nn.Module):
     def __init__(self, cin: int, cout: int, stride: int):
         super().__init__()
         second = nn.Conv2d(cout, cout, 3, padding=1, bias=False), nn.BatchNorm2d(cout)
-        self.body = nn.Sequential(*conv_unit(cin, cout, stride=stride), *second)
+        self.body = Units(*conv_unit(cin, cout, stride=stride), *second)
         self.shortcut = nn.Identity()
         if stride != 1 or cin != cout:
-            self.shortcut = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
+            self.shortcut = Units(nn.Conv2d(cin, cout, 1, stride, bias=False), nn.BatchNorm2d(cout))
         self.relu = nn.ReLU()
 
     def forward(self, z: Tensor) -> Tensor:

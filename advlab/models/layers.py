@@ -7,7 +7,7 @@ import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +57,37 @@ class Pad(nn.Module):
         return F.pad(z, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2), self.mode)
 
 
+class Units(nn.Sequential):
+    """A Sequential that computes a convolution and the batch norm behind it as one convolution where that is the same up to rounding: on the CPU, in
+    eval mode, when no gradient of their parameters is wanted and nobody hooks either. An attack's pass then takes about half the time."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        done = None
+        for module, behind in zip_longest(self, list(self)[1:]):
+            if module is done:
+                continue
+            if type(module) is nn.Conv2d and type(behind) is nn.BatchNorm2d and _frozen(module, behind, z):
+                scale = behind.weight * (behind.running_var + behind.eps).rsqrt()
+                shift = behind.bias - behind.running_mean * scale
+                z = module._conv_forward(z, module.weight * scale.view(-1, 1, 1, 1), shift if module.bias is None else shift + module.bias * scale)
+                done = behind
+            else:
+                z = module(z)
+        return z
+
+
+def _frozen(convolution: nn.Conv2d, norm: nn.BatchNorm2d, z: Tensor) -> bool:
+    if z.device.type != "cpu" or norm.training or not norm.affine or not norm.track_running_stats:
+        return False
+    if torch.is_grad_enabled() and any(p.requires_grad for m in (convolution, norm) for p in m.parameters()):
+        return False
+    return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in (convolution, norm))
+
+
 def conv_unit(cin: int, cout: int, *, stride: int = 1, bias: bool = False, batch_norm: bool = True) -> nn.Sequential:
     """3x3 convolution with padding 1, batch normalisation, ReLU."""
     norm = [nn.BatchNorm2d(cout)] if batch_norm else []
-    return nn.Sequential(nn.Conv2d(cin, cout, 3, stride, 1, bias=bias), *norm, nn.ReLU())
+    return Units(nn.Conv2d(cin, cout, 3, stride, 1, bias=bias), *norm, nn.ReLU())
 
 
 def conv_units(cin: int, widths: Sequence[int], *, stride: int = 1, **unit) -> nn.Sequential:
