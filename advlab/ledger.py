@@ -38,9 +38,10 @@ def entries(profile: str) -> list[dict]:
     None. n and least are the largest and smallest number of images behind a value; measure is one of the values, the paper's in brackets."""
     found, out = documents(profile), []
     for e in reference.exhibits():
-        ran = {dataset: rows for (notebook, dataset), document in found.items()
-               if notebook == e["notebook"] and (rows := [r for r in document["rows"] if r["exhibit"] == e["id"]])}
-        out += [_entry(e, profile, dataset, rows) for dataset, rows in (ran or {None: []}).items()]
+        ran = {dataset: [r for r in document["rows"] if r["exhibit"] == e["id"]] for (notebook, dataset), document in found.items()
+               if notebook == e["notebook"]}
+        chosen = {dataset: rows for dataset, rows in ran.items() if rows} or ran or {None: []}  # 22's ladder may be on a data set of its own
+        out += [_entry(e, profile, dataset, rows) for dataset, rows in chosen.items()]
     return out
 
 

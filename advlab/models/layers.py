@@ -59,7 +59,8 @@ class Pad(nn.Module):
 
 class Units(nn.Sequential):
     """A Sequential that computes a convolution and the batch norm behind it as one convolution where that is the same up to rounding: on the CPU, in
-    eval mode, when no gradient of their parameters is wanted and nobody hooks either. An attack's pass then takes about half the time."""
+    eval mode, when no gradient of their parameters is wanted and nobody hooks either. An attack then takes 0.66 to 0.81 of the time (64 images on one
+    core: HGD's denoiser, SegNet, small CNN). A GPU would only have more and smaller kernels to launch."""
 
     def forward(self, z: Tensor) -> Tensor:
         done = None
