@@ -316,7 +316,7 @@ whole, killed, shared = (Path({folder!r}) / name for name in ("whole", "killed",
 assert code(child(whole)) == 0
 kills, draw = 0, random.Random(0)
 while not list(killed.glob("*.pt")):
-    before, pid = saved(killed), child(killed, slow=0.002)
+    before, pid = saved(killed), child(killed, slow=0.004)
     while saved(killed) == before:  # so that each gets further than the one before
         time.sleep(0.001)
     time.sleep(draw.uniform(0, 0.15))
