@@ -21,7 +21,7 @@ import psutil
 VOLATILE = ("commit", "seconds")  # of a run; what a row measures with a clock:
 CLOCKED = ("seconds", "milliseconds")
 TIMES = ("s", "ms", "ms an image", "images/s", "seconds", "times the classifier's")  # units
-CLOCKS = ("time", "training step")  # words of a metric that is a share or ratio of times
+CLOCKS = ("time", "training step", "inference")  # words of a metric that is a share or ratio of times
 
 
 def start(home: Path, arguments: list[str], *more: str) -> subprocess.Popen:
