@@ -37,7 +37,7 @@ VARIANTS = {  # options of Transform; "repo" is what the released notebook does;
 ADAM = {"optimizer": "adam", "lr": 3e-3}
 RECIPES = {  # f_b: width, PGD steps and settings of its adversarial training; f_a: `warm` epochs on "noise", then `epochs` on g(x), and settings
     "smoke": {"width": 8, "pgd": 1, "at": {"epochs": 1, **ADAM}, "warm": 1, "epochs": 1, "fit": ADAM},
-    "quick": {"width": 16, "pgd": 1, "at": {"epochs": 3, **ADAM, "lr": 2e-3}, "warm": 30, "epochs": 1, "fit": {**ADAM, "lr": 6e-3}},
+    "quick": {"width": 8, "pgd": 1, "at": {"epochs": 3, **ADAM, "lr": 2e-3}, "warm": 30, "epochs": 1, "fit": {**ADAM, "lr": 6e-3}},
     "standard": {"width": 16, "pgd": 3, "at": {"epochs": 5, **ADAM, "lr": 2e-3}, "warm": 0, "epochs": 3, "fit": {"lr": 0.1, "amp": True}},
     "paper": {"width": 64, "pgd": 10, "at": {"epochs": 80, "lr": 0.1, "schedule": "milestones", "milestones": (0.625, 0.875)}, "warm": 0,
               "epochs": 80, "fit": {"lr": 0.1, "schedule": "constant", "weight_decay": 0.0, "amp": True}}}
