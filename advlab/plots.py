@@ -65,12 +65,12 @@ def perturbation(delta: Tensor, scale: float | None = None) -> Tensor:
 
 
 def image_grid(
-    rows: Sequence[Tensor | Sequence[Tensor]], row_labels: Sequence[str] | None = None, col_labels: Sequence[str] | None = None,
+    rows: Sequence[Tensor | Sequence[Tensor | None]], row_labels: Sequence[str] | None = None, col_labels: Sequence[str] | None = None,
     *, captions: Sequence[Sequence[str]] | None = None, size: float = 1.0,
 ):  # fmt: skip
     """A grid of pictures: each row is a tensor (N,C,H,W) or a sequence of (C,H,W), C = 1 or 3, in [0,1]; `captions` go under the
-    pictures, `size` is a picture's side in inches. Raises ValueError for pixels outside [0,1] or NaN, and for labels that do not fit the
-    grid."""
+    pictures, `size` is a picture's side in inches; None leaves a place empty. Raises ValueError for pixels outside [0,1] or NaN, and for labels that
+    do not fit the grid."""
     count = max((len(r) for r in rows), default=0)
     for what, names, number in (("row", row_labels, len(rows)), ("column", col_labels, count), ("caption", captions, len(rows))):
         if names is not None and len(names) != number:
@@ -82,8 +82,9 @@ def image_grid(
         for i, line in enumerate(rows):
             for j, ax in enumerate(axes[i]):
                 ax.set(xticks=[], yticks=[])
-                ax.spines[:].set(visible=j < len(line), color="#BBBBBB", linewidth=0.5)  # a white picture on white paper needs an edge
-                if j < len(line):
+                there = j < len(line) and line[j] is not None
+                ax.spines[:].set(visible=there, color="#BBBBBB", linewidth=0.5)  # a white picture on white paper needs an edge
+                if there:
                     ax.imshow(_pixels(line[j], f"picture {j} of row {i}"), cmap="gray", vmin=0, vmax=1)
                     if captions:
                         ax.set_xlabel(captions[i][j], fontsize=7.5, labelpad=2)
@@ -96,39 +97,60 @@ def image_grid(
 
 
 def accuracy_curves(
-    rows: Iterable[dict], *, x: str = "eps", by: str = "system", chance: float | None = None, title: str = "", legend: bool = True, ax=None
-):
-    """Lines of `value` against the field `x`, one for each `by`, with the band from low to high where rows give one, hollow markers at
-    the paper's numbers, and a dotted line at `chance` (in per cent). eps is drawn in 255ths, accuracies in per cent. Returns the Figure.
-    Raises ValueError if two rows claim one place."""
+    rows: Iterable[dict], *, x: str = "eps", by: str = "system", order: str | None = None, chance: float | None = None, title: str = "",
+    legend: bool = True, ax=None,
+):  # fmt: skip
+    """Lines of `value` against the field `x`, one for each `by`, joined in the order of x or of the field `order` (where x was measured), with the
+    band from low to high where rows give one, hollow markers at the paper's numbers, and a dotted line at `chance` (in per cent). The first line is
+    the thickest, so that it shows under one that hides it. eps is drawn in 255ths, accuracies in per cent. Returns the Figure. Raises ValueError if
+    two rows claim one place."""
+    from matplotlib.ticker import MaxNLocator
+
     fig, ax = (ax.figure, ax) if ax is not None else figure(width=6.0, height=3.2)
     rows, scale = [report.percent(r) for r in rows if r[x] is not None], 255 if x == "eps" else 1
     with style():
-        for look, (name, line) in zip(LOOKS, _groups(rows, by, x).items()):
-            line = sorted(line, key=lambda r: r[x])
+        for k, (look, (name, line)) in enumerate(zip(LOOKS, _groups(rows, by, x).items())):
+            line = sorted(line, key=lambda r: r[order or x])
             at, value = [scale * r[x] for r in line], [r["value"] for r in line]
-            ax.plot(at, value, color=look[0], marker=look[1], linestyle=look[2], label=name, zorder=3, clip_on=False)
+            ax.plot(at, value, color=look[0], marker=look[1], linestyle=look[2], label=name, zorder=3, clip_on=False,
+                    linewidth=2.6 - 0.2 * k, markersize=7.5 - 0.5 * k)
             if all(r["low"] is not None and r["high"] is not None for r in line):
-                ax.fill_between(at, [r["low"] for r in line], [r["high"] for r in line], color=look[0], alpha=0.18, linewidth=0)
+                low, high = [r["low"] for r in line], [r["high"] for r in line]
+                if len(line) == 1:
+                    ax.vlines(at, low, high, color=look[0], linewidth=1.3)
+                else:
+                    ax.fill_between(at, low, high, color=look[0], alpha=0.18, linewidth=0)
             if paper := [(scale * r[x], r["paper"]) for r in line if r["paper"] is not None]:
                 ax.plot(*zip(*paper), look[1], color=look[0], markerfacecolor="white", markersize=8, zorder=4, clip_on=False)
         if chance is not None:
             ax.axhline(chance, color="#555555", linestyle=(0, (1, 3)), linewidth=1.2, label="chance")
         if any(r["paper"] is not None for r in rows):
             ax.plot([], [], "o", color="#555555", markerfacecolor="white", markersize=8, label="in the paper")
+        if rows and all(abs(scale * r[x] - round(scale * r[x])) < 1e-6 for r in rows):
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set(xlabel="eps (of 255)" if x == "eps" else x, title=title)
         _value_axis(ax, rows)
         if legend:
-            ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+            aside(ax)
     return fig
 
 
-def bars(rows: Iterable[dict], *, x: str = "attack", by: str = "system", title: str = "", legend: bool = True, ax=None):
-    """Bars of `value`, a group for each `x` and a bar for each `by`, whiskers from low to high, a diamond at the paper's number. Returns
-    the Figure. Raises ValueError if two rows claim one place."""
+def aside(ax, **options) -> None:
+    """The legend of `ax` in the style, to its right unless `options` of `Axes.legend` say otherwise."""
+    with style():
+        ax.legend(**{"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} | options)
+
+
+def bars(
+    rows: Iterable[dict], *, x: str = "attack", by: str = "system", level: tuple[float, str] | None = None, title: str = "", legend: bool = True,
+    ax=None,
+):  # fmt: skip
+    """Bars of `value`, a group for each `x` and a bar for each `by`, whiskers from low to high, a diamond at the paper's number, a dotted line at
+    `level` (height in per cent, name). Returns the Figure. Raises ValueError if two rows claim one place."""
     rows = [report.percent(r) for r in rows]
     places, groups = list(dict.fromkeys(report.label(x, r[x]) for r in rows)), _groups(rows, by, x)
-    fig, ax = (ax.figure, ax) if ax is not None else figure(width=1.8 + max(3.2, 0.26 * len(places) * (len(groups) + 1)), height=3.2)
+    room = max(3.2, 0.26 * len(places) * (len(groups) + 1), 0.085 * sum(len(place) + 2 for place in places))  # for the bars, and for their names
+    fig, ax = (ax.figure, ax) if ax is not None else figure(width=1.8 + room, height=3.2)
     width, handles = 0.84 / max(len(groups), 1), []
     with style():
         for k, (look, (name, line)) in enumerate(zip(LOOKS, groups.items())):
@@ -138,49 +160,56 @@ def bars(rows: Iterable[dict], *, x: str = "attack", by: str = "system", title: 
             handles.append(ax.bar(at, heights, width * 0.94, color=face, edgecolor="black", linewidth=0.6, hatch=look[3], label=name))
             for a, r in zip(at, line):
                 if r["low"] is not None and r["high"] is not None:
-                    ax.vlines(a, r["low"], r["high"], color="black", linewidth=1.3, zorder=4)
+                    for colour, thick in (("white", 3.0), ("black", 1.3)):  # a white edge, to be seen on dark hatches
+                        ax.vlines(a, r["low"], r["high"], color=colour, linewidth=thick, zorder=4)
                 if r["paper"] is not None:
                     ax.plot(a, r["paper"], "D", color="black", markerfacecolor="white", markersize=5, zorder=5, clip_on=False)
         if any(r["paper"] is not None for r in rows):
             handles += ax.plot([], [], "D", color="black", markerfacecolor="white", markersize=5, label="in the paper")
+        if level is not None:
+            handles.append(ax.axhline(level[0], color="#555555", linestyle=(0, (1, 3)), linewidth=1.2, label=level[1]))
         ax.set_xticks(range(len(places)), places)
         ax.grid(axis="x", visible=False)
         ax.set(title=title)
         _value_axis(ax, rows)
         if legend:
-            ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), handleheight=1.4)
+            aside(ax, handles=handles, handleheight=1.4)
     return fig
 
 
-def joint(clouds: dict[str, tuple[Tensor, Tensor]], *, xlabel: str, ylabel: str, reach: float | None = None):
+def joint(clouds: dict[str, tuple[Tensor, Tensor]], *, xlabel: str, ylabel: str):
     """2-D histograms on one scale, log counts in bins of 1, a panel for each name in `clouds`: x against y (any shape), with the line of least
-    squares through the origin and its slope k. Points with x = 0 are in the fit and not in the picture. reach: half the axes' range, by default
-    the largest |x| times 2. Returns the Figure; ValueError where every x is 0."""
+    squares through the origin, its slope k in the title. Points with x = 0 are in the fit and not in the picture; y reaches as far as 99.9 % of the
+    points, x as far as all. Returns the Figure; ValueError where every x is 0."""
     from matplotlib.colors import LogNorm
 
     clouds = {name: (x.double().flatten().cpu(), y.double().flatten().cpu()) for name, (x, y) in clouds.items()}
     if empty := [name for name, (x, _) in clouds.items() if not x.any()]:
         raise ValueError(f"every x of {empty[0]!r} is 0; there is no line to fit")
-    reach = 2 * max(float(x.abs().max()) for x, _ in clouds.values()) if reach is None else reach
-    edges = (torch.arange(-round(reach), round(reach) + 2) - 0.5).numpy()
+    shown = {name: (x[x.round() != 0], y[x.round() != 0]) for name, (x, y) in clouds.items()}
+    wide = 1 + round(max(float(x.abs().max()) for x, _ in clouds.values()))
+    tall = max(wide, *(round(y.abs().sort().values[int(0.999 * (len(y) - 1))].item()) for _, y in shown.values() if len(y)))
+    edges = [(torch.arange(-size, size + 2) - 0.5).numpy() for size in (wide, tall)]
     fig, axes = figure(1, len(clouds), width=1.0 + 3.0 * len(clouds), height=3.1, squeeze=False, sharey=True)
-    top = max(float(torch.histogramdd(torch.stack([x, y], 1), bins=[len(edges) - 1] * 2, range=[edges[0], edges[-1]] * 2).hist.max())
-              for x, y in clouds.values())
+    spans = [end for e in edges for end in (e[0], e[-1])]
+    top = max(float(torch.histogramdd(torch.stack(pair, 1), bins=[len(e) - 1 for e in edges], range=spans).hist.max()) for pair in shown.values())
     with style():
         for ax, (name, (x, y)) in zip(axes[0], clouds.items()):
-            on, k = x.round() != 0, (x @ y / (x @ x)).item()
-            *_, mesh = ax.hist2d(x[on].numpy(), y[on].numpy(), bins=(edges, edges), norm=LogNorm(1, max(top, 2)), cmin=1, rasterized=True)
-            ax.plot([-reach, reach], [-k * reach, k * reach], color="#D55E00", linestyle="--", label=f"k = {k:.2f}")
-            ax.set(title=name, xlabel=xlabel, xlim=(-reach, reach), ylim=(-reach, reach))
-            ax.legend(loc="upper left", frameon=True, framealpha=0.85)
+            k = (x @ y / (x @ x)).item()
+            x, y = (v.numpy() for v in shown[name])
+            *_, mesh = ax.hist2d(x, y, bins=edges, norm=LogNorm(1, max(top, 2)), cmin=1, rasterized=True)
+            ax.plot([-wide, wide], [-k * wide, k * wide], color="#D55E00", linestyle="--")
+            ax.set(title=f"{name}, k = {k:.2f}", xlabel=f"{xlabel}, 0 left out", xlim=(-wide, wide), ylim=(-tall, tall))
         axes[0, 0].set_ylabel(ylabel)
         fig.colorbar(mesh, ax=axes[0, -1], label="count")
     return fig
 
 
-def histograms(groups: dict[str, Sequence[float]], *, label: str = "", title: str = "", bins: int = 30, ax=None):
-    """Histograms of several groups of numbers on common bins, as steps filled lightly, each as a share of its own group. Returns the
-    Figure. Raises ValueError for a group that is empty or not finite."""
+def histograms(
+    groups: dict[str, Sequence[float]], *, label: str = "", title: str = "", bins: int = 30, span: tuple[float, float] | None = None, ax=None,
+):  # fmt: skip
+    """Histograms of several groups of numbers on common bins over `span` (from the least to the largest number), as steps filled lightly, each as a
+    share of its own group. Returns the Figure. Raises ValueError for a group that is empty or not finite."""
     import seaborn
 
     for name, values in groups.items():
@@ -190,10 +219,10 @@ def histograms(groups: dict[str, Sequence[float]], *, label: str = "", title: st
     fig, ax = (ax.figure, ax) if ax is not None else figure(width=6.0, height=3.0)
     with style():
         for look, (name, values) in zip(LOOKS, groups.items()):
-            seaborn.histplot(x=list(values), bins=bins, binrange=(every.min().item(), every.max().item()), stat="probability", element="step",
+            seaborn.histplot(x=list(values), bins=bins, binrange=span or (every.min().item(), every.max().item()), stat="probability", element="step",
                              color=look[0], linestyle=look[2], alpha=0.18, linewidth=1.8, label=name, ax=ax)
         ax.set(xlabel=label, ylabel="share", title=title)
-        ax.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        aside(ax)
     return fig
 
 
@@ -201,8 +230,8 @@ def matrix(
     values, row_labels: Sequence[str], col_labels: Sequence[str], *, digits: int = 2, label: str = "",
     vmin: float | None = None, vmax: float | None = None, ax=None, title: str = "",
 ):  # fmt: skip
-    """A heat map of `values` (rows x columns; NaN leaves a cell blank) with its numbers written in, on a scale whose lightness rises with
-    the value. Returns the Figure."""
+    """A heat map of `values` (rows x columns; a dash on white for NaN) with its numbers written in, on a scale whose lightness rises with the
+    value. Returns the Figure."""
     values = torch.as_tensor(values, dtype=torch.float64, device="cpu")
     if values.shape != (len(row_labels), len(col_labels)):
         raise ValueError(f"values have shape {tuple(values.shape)}, labels say {(len(row_labels), len(col_labels))}")
@@ -217,9 +246,9 @@ def matrix(
         ax.tick_params(length=0)
         for i, line in enumerate(values.tolist()):
             for j, v in enumerate(line):
-                if v == v:  # not NaN
-                    ink = "black" if image.norm(v) > 0.5 else "white"
-                    ax.text(j, i, f"{v:.{digits}f}", ha="center", va="center", color=ink, fontsize=8.5)
+                absent = v != v
+                ink = "black" if absent or image.norm(v) > 0.5 else "white"
+                ax.text(j, i, "-" if absent else f"{round(v, digits) + 0.0:.{digits}f}", ha="center", va="center", color=ink, fontsize=8.5)
         fig.colorbar(image, ax=ax, label=label, shrink=0.9).outline.set_visible(False)
     return fig
 
