@@ -39,7 +39,7 @@ for name, values in values_of.items():
         output: place(name, ".done")
         log: place(name, ".ipynb")
         params:
-            *pipeline.sources(name),
+            *pipeline.sources(name, profile),
             values=json.dumps(values),
         priority: pipeline.behind(name, values_of)
         threads: asked["threads"]

@@ -216,7 +216,7 @@ def figures(found: Audit) -> dict:
     fell = [i for i, why in enumerate(found.climbed.fell_to) if why not in ("", "clean")][:8]
     if fell:
         clean, adversarial = found.x[fell].cpu(), found.climbed.x_adv[fell].cpu()
-        why = [found.climbed.fell_to[i].split(": ")[-1] for i in fell]
+        why = [found.climbed.fell_to[i].replace(": ", "\n") for i in fell]
         drawn["fell"] = plots.image_grid([clean, adversarial, plots.perturbation(adversarial - clean)], ["clean", "attacked", "change"],
                                          captions=[[""] * len(fell), why, [""] * len(fell)])
     return drawn
@@ -224,12 +224,11 @@ def figures(found: Audit) -> dict:
 
 def text(found: Audit, about: str = "") -> str:
     """The report in Markdown; figures are the files audit-NAME.png beside it."""
-    from advlab.readme import markdown, share
-
-    rungs = [[str(r["rung"]), r["threat"], r["attack"], share(r), f"{r['fell']} of {r['tried']}" if "fell" in r else ""] for r in found.climbed.rows]
+    rungs = [[str(r["rung"]), r["threat"], r["attack"], report.share(r), f"{r['fell']} of {r['tried']}" if "fell" in r else ""]
+             for r in found.climbed.rows]
     bad = [c for c in found.checks if not c["passed"]]
     lines = [f"# Audit of {found.name}", about, found.verdict(), "## The ladder", "Each rung attacks the images that still stand.",
-             markdown(("rung", "attacker", "attack", "left", "fell"), rungs), "## Checks"]
+             report.markdown(("rung", "attacker", "attack", "left", "fell"), rungs), "## Checks"]
     lines += [f"- **{c['check']}** ({'warning' if c['check'] in WARNING else 'failed'}): {PLAIN.get(c['check'], '')} ({c['reading']})" for c in bad]
     passed = f"{len(found.checks) - len(bad)} of {len(found.checks)} checks passed, on {found.probed} images."
     lines.append(passed if found.checks else "The checks have not run.")

@@ -81,19 +81,21 @@ def accuracy(victim: Model, x: Tensor, y: Tensor, *, draws: int = 1, batch_size:
 
 def craft(victim: Model, attack: Callable, x: Tensor, y: Tensor, *, surrogate: Model | None = None, draws: int = 1, batch_size: int = 256,
           targets: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Attack the images that the victim gets right (in most of its draws). Returns the images (B, C, H, W), the judgement of them (draws, B) in
-    which images that were wrong already stay wrong, and (B,) bool, right before the attack.
+    """Attack the images that the victim gets right in any of its draws. Returns the images (B, C, H, W), the judgement of them (draws, B), in which
+    with a single draw images that were wrong already stay wrong (several draws are fresh ones, as those before were), and the share of draws that
+    were right before the attack, (B,).
 
     surrogate is what the attacker differentiates, by default the victim itself. targets (B,): a targeted attack, judged by whether the label still
     wins; ValueError where a target equals its label."""
     core.check_images(x, y)
     if targets is not None and (targets == y).any():
         raise ValueError(f"a target equals its label at image {int((targets == y).nonzero()[0])}; draw targets with random_targets")
-    before = judge(victim, x, y, draws=draws, batch_size=batch_size).double().mean(0) > 0.5
+    before = judge(victim, x, y, draws=draws, batch_size=batch_size).double().mean(0)
     index, out = before.nonzero().squeeze(1), x.clone()
     for part in _parts(index, batch_size):
         out[part] = attack(victim if surrogate is None else surrogate, x[part], (y if targets is None else targets)[part])
-    return out, judge(victim, out, y, draws=draws, batch_size=batch_size) & before, before
+    right = judge(victim, out, y, draws=draws, batch_size=batch_size)
+    return out, right & (before > 0) if draws == 1 else right, before
 
 
 def _parts(index: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -106,9 +108,9 @@ def robustness(victim: Model, attack: Callable, x: Tensor, y: Tensor, *, surroga
     the attacked images, and seconds. Options as in `craft`."""
     start = time.perf_counter()
     x_adv, right, before = craft(victim, attack, x, y, surrogate=surrogate, draws=draws, batch_size=batch_size, targets=targets)
-    delta = (x_adv - x)[before].flatten(1)
+    delta = (x_adv - x)[before > 0].flatten(1)
     linf, l2 = (delta.abs().max().item(), delta.norm(dim=1).mean().item()) if len(delta) else (0.0, 0.0)
-    return score(right) | {"clean": before.double().mean().item(), "linf": linf, "l2": l2, "seconds": round(time.perf_counter() - start, 3)}
+    return score(right) | {"clean": before.mean().item(), "linf": linf, "l2": l2, "seconds": round(time.perf_counter() - start, 3)}
 
 
 def random_targets(y: Tensor, classes: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -199,9 +201,9 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
 
     drop=True attacks only the images that still stand, and each row's value is the accuracy left after its rung; `tried` and `fell` count its
     own work. drop=False lets every rung face all images, so that a row's value is that attack's own strength, `worst` the accuracy left. A random
-    defence (parts.random) stands where the majority of `draws` fresh draws is right; the attack that leaves an image the fewest right answers is
-    kept, and the last row is the mean accuracy over fresh draws of those. `watch` is shown the ladder as it stands after each
-    rung. ValueError where an attack leaves the ball."""
+    defence (parts.random) stands where the majority of `draws` fresh draws is right; an image is attacked as long as any of them is, the attack that
+    leaves it the fewest right answers is kept, and the last row is the mean accuracy over fresh draws of those. `watch` is shown the ladder as it
+    stands after each rung. ValueError where an attack leaves the ball."""
     core.check_images(x, y)
     x, y = x[: budget.images], y[: budget.images]
     draws = draws if parts.random else 1
@@ -211,13 +213,13 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
 
     generator = torch.Generator(x.device).manual_seed(seed)
     least = share(x, y)  # of the draws that answer right, over all rungs
-    clean = least > 0.5
+    clean, open_to = least > 0.5, least > 0
     standing, worst, fell_to = clean.clone(), x.clone(), ["" if ok else "clean" for ok in clean.tolist()]
     base = {"exhibit": exhibit, "system": system, "norm": norm, "eps": eps, "seed": seed, "paper": None}
     rows = [base | {"threat": "none", "attack": "clean", "eps": 0.0, "steps": 0, "rung": 0} | accuracy(defence, x, y, draws=draws)]
     for number, (threat, name, attack, model) in enumerate(rungs(defence, parts, budget, eps=eps, norm=norm, generator=generator), 1):
-        start, index = time.perf_counter(), (standing if drop else clean).nonzero().squeeze(1)
-        own = clean.clone()
+        start, index = time.perf_counter(), (least > 0 if drop else open_to).nonzero().squeeze(1)
+        own, before = clean.clone(), int(standing.sum())
         for part in _parts(index, batch_size):
             x_adv = attack(defence if model is None else model, x[part], y[part])
             delta = (x_adv - x[part]).flatten(1)
@@ -233,13 +235,14 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
             for i in new.tolist():
                 fell_to[i] = f"{threat}: {name}"
         kept = standing if drop else own
-        row = score(kept[None]) | {"worst": standing.double().mean().item(), "tried": len(index), "fell": int((~own[index]).sum())}
+        fell = before - int(standing.sum()) if drop else int((clean & ~own).sum())
+        row = score(kept[None]) | {"worst": standing.double().mean().item(), "tried": len(index), "fell": fell}
         steps = {"query": budget.queries, "paper": None, "adaptive": None}.get(threat, budget.steps)  # those bring their own
         rows.append(base | {"threat": threat, "attack": name, "steps": steps, "rung": number} | row
                     | {"seconds": round(time.perf_counter() - start, 3)})
         if watch is not None:
             watch(Ladder(rows, standing, worst, fell_to))
-    final = judge(defence, worst, y, draws=draws, batch_size=batch_size) & clean if parts.random else standing[None]
+    final = judge(defence, worst, y, draws=draws, batch_size=batch_size) if parts.random else standing[None]
     rows.append(base | {"threat": "worst case", "attack": "all", "steps": budget.steps, "rung": len(rows)} | score(final)
                 | {"worst": standing.double().mean().item()})
     return Ladder(rows, standing, worst, fell_to)

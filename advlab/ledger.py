@@ -100,7 +100,7 @@ def listed(lines: Iterable[dict], start: Path) -> list[list[str]]:
         sizes = "" if e["n"] is None else f", n = {e['n']:,}" if e["n"] == e["least"] else f", n = {e['least']:,} to {e['n']:,}"
         number = "-" if e["rows"] else "not run"
         if e["reproduced"]:
-            number = f"{e['reproduced']} ({e['met']} of {e['marks']} within {e['tolerance']:g})"
+            number = report.counted(e)
         out.append([f"{e['exhibit']}: {e['what']}", e["claim"] or "-", f"{e['dataset']}{sizes}" if e["dataset"] else "-", e["measure"] or "-", number,
                     e["survives"] or "-", " · ".join(links)])
     return [[cell.replace("|", "\\|") for cell in line] for line in out]
@@ -182,15 +182,17 @@ def settled(rows: list[dict]) -> list[dict]:
     return [r for r in rows if first.setdefault((r["system"], r["attack"] if r["threat"] == "cost" else "ladder"), r["source"]) == r["source"]]
 
 
-def inconsistent(rows: list[dict]) -> list[str]:
-    """What speaks against the comparison, in words: a worst case above a rung, ladders on different numbers of images or budgets, or, which
-    would mean other images or networks, a yardstick whose clean accuracy differs between notebooks."""
+def inconsistent(rows: list[dict], profile: str) -> list[str]:
+    """What speaks against the comparison, in words: a worst case above a rung, ladders on different numbers of images (but for those that FEWER
+    allows) or at different eps, or, which would mean other images or networks, a yardstick whose clean accuracy differs between notebooks that use
+    as many images. Steps, draws and queries may differ."""
     wrong, ladders, clean = [], {}, {}
+    light = {LAST[paper][0] for of, paper in FEWER if of == profile}
     for r in rows:
         if "rung" in r:
             ladders.setdefault((r["system"], r["source"]), []).append(r)
         if r["attack"] == "clean":
-            clean.setdefault(r["system"], set()).add(r["correct"])
+            clean.setdefault((r["system"], r["n"]), set()).add(r["correct"])
     for (system, source), rungs in ladders.items():
         worst = next((r["worst"] for r in rungs if r["threat"] == "worst case"), None)
         if worst is None:
@@ -198,9 +200,10 @@ def inconsistent(rows: list[dict]) -> list[str]:
         elif (least := min(r["value"] for r in rungs if r["threat"] != "worst case")) < worst - 1e-9:
             wrong.append(f"{system} in {source}: worst case {worst:.1%} above its strongest rung, {least:.1%}")
     for field in ("n", "eps"):
-        if len(values := {r[field] for rungs in ladders.values() for r in rungs if r[field]}) > 1:
+        heavy = [r for (_, source), rungs in ladders.items() if field != "n" or source not in light for r in rungs]
+        if len(values := {r[field] for r in heavy if r[field]}) > 1:
             wrong.append(f"{field} differs between systems: {', '.join(f'{v:g}' for v in sorted(values))}")
-    return wrong + [f"clean counts of {s} differ between notebooks: {sorted(v)}" for s, v in clean.items() if s in YARDSTICKS and len(v) > 1]
+    return wrong + [f"clean counts of {s} differ between notebooks: {sorted(v)}" for (s, _), v in clean.items() if s in YARDSTICKS and len(v) > 1]
 
 
 def by_threat(rows: list[dict]) -> dict[str, dict[str, float]]:

@@ -25,11 +25,11 @@ from advlab.series import SeriesError
 
 
 def before(name: str, names: Sequence[str]) -> list[str]:
-    """The notebooks among `names` whose results or networks a notebook uses: 00 for all; within a paper the one before it; all the papers' for
-    those of the nineties, which compare, judge, audit and explore."""
+    """The notebooks among `names` whose results or networks a notebook uses: 00 for all; within a paper the one before it; 00 and all the papers'
+    for those of the nineties, which compare, judge, audit and explore."""
     earlier = [n for n in sorted(names) if n < name]
     if name[0] == "9":
-        return [n for n in earlier if n[0] != "9"]
+        return [n for n in earlier if n[0] != "9" and n[:2] not in ("01", "02")]
     if name[0] == "0":
         return [n for n in earlier if n[:2] == "00"]
     return [n for n in earlier if n[0] == name[0]][-1:] or [n for n in earlier if n[:2] == "00"]
@@ -44,9 +44,9 @@ def behind(name: str, names: Sequence[str]) -> int:
     return len(chain) - 1
 
 
-def sources(name: str) -> list[str]:
+def sources(name: str, running: str = "") -> list[str]:
     """What the results of a notebook depend on, as "what digest": its code cells (comments apart), every module of the package that it uses, and for
-    those that fill the README's tables, the published results."""
+    those that fill the README's tables, the rows published under other profiles than the `running` one, whose notebooks run before them anyway."""
     lines = "\n".join(source for source, _ in series.code_cells(name)).splitlines()
     magic = [line for line in lines if line.lstrip().startswith(("%", "!"))]  # of IPython, not Python
     try:
@@ -60,8 +60,8 @@ def sources(name: str) -> list[str]:
             found[module], further = _module(module)
             todo |= further - set(found)
     if "advlab.readme" in found:
-        files = sorted(f for profile in ("standard", "paper") for f in paths.results(profile, "any").parent.glob("*/*.json"))
-        found["published results"] = _digest(*(f"{f.name} {f.read_text(encoding='utf-8')}" for f in files))
+        files = sorted(f for profile in {"standard", "paper"} - {running} for f in paths.results(profile, "any").parent.glob("*/[0-8]*.json"))
+        found["published results"] = _digest(*(f"{f.name} {json.loads(f.read_text(encoding='utf-8')).get('rows')}" for f in files))
     return [f"code {_digest(ast.dump(tree), *magic)}", *(f"{module} {digest}" for module, digest in sorted(found.items()))]
 
 

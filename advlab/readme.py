@@ -2,20 +2,10 @@
 `<!-- end: NAME -->`. A test fails when the README and the files disagree."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from advlab import ledger, paths, report
-
-
-def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
-    rows = [list(header), *map(list, lines)]
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def share(row: dict) -> str:
-    """An accuracy with its interval, in per cent."""
-    return f"{100 * row['value']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+from advlab.report import markdown, share
 
 
 def classifiers() -> str:

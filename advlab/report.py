@@ -191,12 +191,32 @@ def verdicts(rows: Iterable[dict]):
                 return super()._repr_html_()
 
     lines = [{"exhibit": r["exhibit"], "claim": r["claim"],
-              "number reproduced": f"{r['reproduced']} ({r['met']} of {r['marks']} within {r['tolerance']:g})",
+              "number reproduced": counted(r),
               "survives an adaptive attack": r["survives"], "statements": r["statements"] or "", "n": "" if r["n"] is None else f"{r['n']:,}"}
              for r in rows if r["system"] == "verdict"]
     if not lines:
         raise ValueError("no verdict among the rows; make them with report.verdict")
     return Uncut(pd.DataFrame(lines).set_index("exhibit"))
+
+
+def counted(r: dict) -> str:
+    """The first verdict of a verdict row in words: of its marks, how many numbers lie near the paper's and how many statements came true."""
+    said = (r["statements"] or "").split("; ") if r["statements"] else []
+    true = sum(": held" in text for text in said)
+    numbers = [f"{r['met'] - true} of {r['marks'] - len(said)} numbers within {r['tolerance']:g}"] if r["marks"] > len(said) else []
+    return f"{r['reproduced']} ({', '.join(numbers + ([f'{true} of {len(said)} statements'] if said else []))})"
+
+
+def markdown(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    rows = [list(header), *map(list, lines)]
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def share(row: dict) -> str:
+    """An accuracy with its interval, in per cent."""
+    return f"{100 * row['value']:.1f} % [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
 
 
 def percent(r: dict) -> dict:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from advlab import data, training
+from advlab import data, evaluation, training
 from advlab.attacks import core, pgd
 from advlab.attacks.adaptive import smooth, straight_through
 from advlab.evaluation import BUDGETS, Budget, Parts, accuracy, craft, judge, ladder, random_targets, robustness, rungs, score, wilson
@@ -269,6 +269,39 @@ class _Wrap(nn.Module):
 
     def forward(self, x):
         return self.f(x)
+
+
+class _Coin(nn.Module):
+    """Answers class 0 or, in so many of each four passes as the first pixel says, class 1; as random as an attacker can see, and countable."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        wrong = (self.passes - 1) % 4 < x[:, 0, 0, 0].mul(4).round()
+        return torch.stack([~wrong, wrong], 1).double() + 0 * x.flatten(1).sum(1, keepdim=True)
+
+
+def test_draws_before_and_after_an_attack_are_counted_alike(monkeypatch):
+    """An attack that changes nothing takes nothing away, and images right in a minority of draws are attacked too."""
+    x = torch.tensor([0.0, 0.25, 0.75, 1.0])[:, None, None, None].expand(4, 1, 2, 2).contiguous()
+    y, seen = torch.zeros(4, dtype=torch.long), []
+
+    def attack(model, x, y):
+        seen.append(x[:, 0, 0, 0].tolist())
+        return x
+
+    r = robustness(_Coin(), attack, x, y, draws=4)
+    assert seen == [[0.0, 0.25, 0.75]] and r["value"] == r["clean"] == 0.5 and r["majority"] == 0.5
+    darker = [("adaptive", "one", attack, None), ("adaptive", "darker", lambda model, x, y: (x + 0.25).clamp(max=1), None)]
+    monkeypatch.setattr(evaluation, "rungs", lambda *args, **options: darker)
+    climbed = ladder(_Coin(), Parts(random=True), SMALL, x, y, eps=0.25, draws=4)
+    assert seen[1:] == [[0.0, 0.25, 0.75]]
+    assert climbed.standing.tolist() == [True, False, False, False] and climbed.fell_to == ["", "adaptive: darker", "clean", "clean"]
+    assert climbed.rows[-1]["value"] == pytest.approx((0.75 + 0.5 + 0 + 0) / 4)  # the last row counts draws, right ones of fallen images too
+    assert [(r["tried"], r["fell"]) for r in climbed.rows[1:3]] == [(3, 0), (3, 1)]
 
 
 def test_a_random_defence_is_judged_over_draws(net, batch):

@@ -63,7 +63,7 @@ def test_summary_and_list_by_hand(made, tmp_path):
     assert ledger.summary(lines[:1])[0] == ["HGD", "0 of 1", "0 / 0 / 0", "0 / 0 / 0"]
     first, second = ledger.listed(lines[:2], tmp_path / "notebooks")
     assert first[1:6] == ["-", "skimage10", "-", "not run", "-"]
-    assert second[1:6] == ["it holds", "skimage10, n = 64", "LGD, pgd: 50 % (paper: 60)", "no (0 of 1 within 0.05)", "refuted"]
+    assert second[1:6] == ["it holds", "skimage10, n = 64", "LGD, pgd: 50 % (paper: 60)", "no (0 of 1 numbers within 0.05)", "refuted"]
     assert second[6].endswith("[results](../data/results/quick/skimage10/10_hgd_denoisers.json)") and "[figure]" not in second[6]
 
 
@@ -136,17 +136,24 @@ def test_comparison_names_what_is_missing_and_takes_each_system_once(made):
     kept = ledger.settled(rows)
     assert missing == [] and len([r for r in rows if r["system"] == "AT"]) == 10
     assert [(r["threat"], r["attack"], r["source"]) for r in kept if r["system"] == "AT"][-1] == ("cost", "training", "13_hgd_adaptive")
-    assert len([r for r in kept if r["system"] == "AT"]) == 5 and ledger.inconsistent(rows) == []
+    assert len([r for r in kept if r["system"] == "AT"]) == 5 and ledger.inconsistent(rows, "quick") == []
     assert ledger.by_threat(kept)["AT"] == {"none": 58 / 64, "oblivious": 51 / 64, "end to end": 0.75, "worst case": 0.75}
 
 
 def test_inconsistent_ladders_are_told():
     def told(rows):
-        return " ".join(ledger.inconsistent([r | {"source": "nb"} for r in rows]))
+        return " ".join(ledger.inconsistent([r | {"source": "nb"} for r in rows], "standard"))
 
     assert told(ladder("a", 0.9, 0.5, 0.25, 0.25)) == ""
     assert "a in nb: worst case 50.0% above its strongest rung, 25.0%" in told(ladder("a", 0.9, 0.5, 0.25, 0.5))
     assert "n differs between systems: 64, 128" in told([*ladder("a", 0.9, 0.5, 0.25, 0.25), *ladder("b", 0.9, 0.5, 0.25, 0.25, n=128)])
     assert "a in nb has no worst case" in told(ladder("a", 0.9, 0.5, 0.25, 0.25)[:-1])
     two = [r | {"source": s} for s, v in (("p", 0.9), ("q", 0.8)) for r in ladder("AT", v, 0.5, 0.25, 0.25)]
-    assert "clean counts of AT differ between notebooks: [51, 58]" in " ".join(ledger.inconsistent(two))
+    assert "clean counts of AT differ between notebooks: [51, 58]" in " ".join(ledger.inconsistent(two, "standard"))
+    light = [r | {"source": "52_transform_comparison"} for s in ("AT", "Transform") for r in ladder(s, 0.8, 0.5, 0.25, 0.25, n=32)]
+    assert ledger.inconsistent([*two[:4], *light], "standard") == [] != ledger.inconsistent([*two[:4], *light], "quick")  # FEWER allows it
+
+
+def test_nothing_speaks_against_the_published_comparison():
+    rows, _ = ledger.comparison("standard")
+    assert ledger.inconsistent(rows, "standard") == []

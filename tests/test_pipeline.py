@@ -81,9 +81,9 @@ def test_00_comes_before_all_a_papers_notebooks_in_order_and_the_comparison_afte
     names = ["00_a", "01_b", "02_c", "10_d", "11_e", "13_f", "20_g", "90_h", "91_i", "92_j", "95_k"]
     found = {name[:2]: [n[:2] for n in pipeline.before(name, names)] for name in names}
     assert found == {"00": [], "01": ["00"], "02": ["00"], "10": ["00"], "11": ["10"], "13": ["11"], "20": ["00"],
-                     **{last: ["00", "01", "02", "10", "11", "13", "20"] for last in ("90", "91", "92", "95")}}
+                     **{last: ["00", "10", "11", "13", "20"] for last in ("90", "91", "92", "95")}}
     waiting = {name[:2]: pipeline.behind(name, names) for name in names}
-    assert waiting == {"00": 10, "01": 4, "02": 4, "10": 6, "11": 5, "13": 4, "20": 4, "90": 0, "91": 0, "92": 0, "95": 0}
+    assert waiting == {"00": 10, "01": 0, "02": 0, "10": 6, "11": 5, "13": 4, "20": 4, "90": 0, "91": 0, "92": 0, "95": 0}
     assert pipeline.before("11_e", ["11_e"]) == [] and pipeline.before("13_f", ["13_f", "10_d"]) == ["10_d"]
 
 
@@ -153,9 +153,13 @@ def test_what_fills_the_readme_depends_on_published_results(package, monkeypatch
     before = {name: pipeline.sources(name) for name in ("00_first", "91_claims")}
     place = paths.results("standard", "mnist")
     place.mkdir(parents=True)
-    (place / "30_x.json").write_text("{}")
+    (place / "30_x.json").write_text('{"rows": [1], "run": {"seconds": 1}}')
     assert pipeline.sources("00_first") == before["00_first"]
-    assert {source.split()[0] for source in set(pipeline.sources("91_claims")) - set(before["91_claims"])} == {"published"}
+    after = pipeline.sources("91_claims")
+    assert {source.split()[0] for source in set(after) - set(before["91_claims"])} == {"published"}
+    (place / "30_x.json").write_text('{"rows": [1], "run": {"seconds": 2}}')  # the same rows from another run
+    (place / "91_claims.json").write_text('{"rows": [2]}')  # its own
+    assert pipeline.sources("91_claims") == after and pipeline.sources("91_claims", "standard") == before["91_claims"]
 
 
 # --- one notebook ---

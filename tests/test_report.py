@@ -278,7 +278,8 @@ def test_confused_rows_are_refused(draw):
 
 def test_matrix():
     ax = plots.matrix([[1, 0.17], [math.nan, 1]], ["R", "A"], ["R", "A"], vmin=0, vmax=1).axes[0]
-    assert [(t.get_text(), t.get_color()) for t in ax.texts] == [("1.00", "black"), ("0.17", "white"), ("1.00", "black")]
+    assert [(t.get_text(), t.get_color()) for t in ax.texts] == [("1.00", "black"), ("0.17", "white"), ("-", "black"), ("1.00", "black")]
+    assert plots.matrix([[-0.001]], ["R"], ["A"]).axes[0].texts[0].get_text() == "0.00"
     with pytest.raises(ValueError, match=r"shape \(1, 2\), labels say \(2, 2\)"):
         plots.matrix([[1, 2]], ["a", "b"], ["c", "d"])
 
@@ -338,7 +339,10 @@ def test_a_verdict_counts_cells_near_the_paper_and_statements_that_came_true():
         report.verdict("HGD-T3", claim="c", rows=[{**near, "paper": None}])
     shown = report.verdicts([near, {**both, "claim": "x" * 200}])
     assert "x" * 200 in shown._repr_html_()
-    assert list(shown.index) == ["HGD-T3"] and shown["number reproduced"].iloc[0] == "partly (1 of 2 within 0.05)"
+    assert list(shown.index) == ["HGD-T3"] and shown["number reproduced"].iloc[0] == "partly (1 of 2 numbers within 0.05)"
+    mixed = report.verdict("HGD-T3", claim="c", rows=[near, far], claims={"a: b": False, "it rises": True, "it falls": False})
+    assert report.counted(mixed) == "no (1 of 2 numbers within 0.05, 1 of 3 statements)"
+    assert report.counted(report.verdict("HGD-T3", claim="c", claims={"it rises": True})) == "yes (1 of 1 statements)"
     with pytest.raises(ValueError, match="no verdict"):
         report.verdicts([near])
 
@@ -352,6 +356,9 @@ def test_a_mean_row_has_the_normal_interval():
 def test_a_joint_histogram_draws_the_line_of_least_squares():
     x = torch.tensor([-2.0, -1.0, 1.0, 2.0])
     fig = plots.joint({"half": (x, x / 2), "none": (x, 0 * x)}, xlabel="x", ylabel="y")
-    assert [ax.get_legend().get_texts()[0].get_text() for ax in fig.axes[:2]] == ["k = 0.50", "k = 0.00"]
+    assert [ax.get_title() for ax in fig.axes[:2]] == ["half, k = 0.50", "none, k = 0.00"]
+    assert fig.axes[0].get_xlim() == (-3, 3) == fig.axes[0].get_ylim()
+    far = torch.cat([3 * x.repeat(1000), torch.tensor([500.0])])  # one point in 4,001 is no reason to zoom out
+    assert plots.joint({"far": (torch.cat([x.repeat(1000), x[:1]]), far)}, xlabel="x", ylabel="y").axes[0].get_ylim() == (-6, 6)
     with pytest.raises(ValueError, match="every x of 'flat' is 0"):
         plots.joint({"flat": (0 * x, x)}, xlabel="x", ylabel="y")
