@@ -10,6 +10,7 @@ from advlab.attacks import core
 from advlab.attacks.adaptive import SoftMaxPool, SoftReLU, aware, bpda, eot, rejecting, smooth, soft_sign, undetected, unflagged
 from advlab.attacks.core import cross_entropy, margin
 from advlab.attacks.gradient import pgd
+from advlab.models import segnet
 
 
 @pytest.fixture
@@ -110,6 +111,15 @@ def test_soft_max_pool_keeps_its_value_and_spreads_its_gradient():
     grad = torch.autograd.grad(out.sum(), v)[0]
     assert (grad != 0).all()  # every pixel of a window takes part
     torch.testing.assert_close(grad.sum(), torch.tensor(float(out.numel())))  # the weights' own derivatives cancel in the sum
+
+
+def test_smooth_reaches_a_pooling_that_hands_on_places():
+    v = torch.rand(2, 3, 4, 4, requires_grad=True)
+    twin = smooth(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, return_indices=True)))
+    (out, places), (hard, there) = twin(v), nn.functional.max_pool2d(v, 2, return_indices=True)
+    torch.testing.assert_close(out, hard)
+    assert torch.equal(places, there) and (torch.autograd.grad(out.sum(), v)[0] != 0).all()
+    assert sum(isinstance(m, SoftMaxPool) for m in smooth(segnet(3, 2, 4)).modules()) == 1  # which serves both stages
 
 
 def test_smooth_shares_parameters_gives_the_same_output_and_revives_dead_units(batch):

@@ -91,17 +91,19 @@ class SoftReLU(nn.Module):
 
 
 class SoftMaxPool(nn.Module):
-    """Max-pooling forward; backward the mean of each window weighted by softmax(v / temperature)."""
+    """Max-pooling forward, with places where it gives them; backward the mean of each window weighted by softmax(v / temperature)."""
 
     def __init__(self, pool: nn.MaxPool2d, temperature: float):
         super().__init__()
         self.pool, self.temperature = pool, temperature
 
     def forward(self, v: Tensor) -> Tensor:
-        value, pool = self.pool(v), self.pool
+        pool = self.pool
+        value, *places = pool(v) if pool.return_indices else (pool(v),)
         b, c, h, w = value.shape
         windows = F.unfold(v, pool.kernel_size, pool.dilation, pool.padding, pool.stride).view(b, c, -1, h, w)
-        return straight_through(value, (windows * (windows / self.temperature).softmax(2)).sum(2))
+        out = straight_through(value, (windows * (windows / self.temperature).softmax(2)).sum(2))
+        return (out, *places) if places else out
 
 
 def smooth(model: nn.Module, temperature: float = 0.1) -> nn.Module:
@@ -119,7 +121,7 @@ def smooth(model: nn.Module, temperature: float = 0.1) -> nn.Module:
     for parent, name, child in spots:
         if isinstance(child, nn.ReLU):
             parent.add_module(name, SoftReLU(temperature))
-        elif isinstance(child, nn.MaxPool2d) and not (child.return_indices or child.ceil_mode):
+        elif isinstance(child, nn.MaxPool2d) and not child.ceil_mode:
             parent.add_module(name, SoftMaxPool(child, temperature))
         else:
             continue

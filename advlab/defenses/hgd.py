@@ -7,6 +7,7 @@ ensemble's loss without auxiliary heads, which our classifiers do not have; atta
 code does, so that single steps do not leak the true one. Pairs are not mirrored, so that each clean target is computed once; the weights are those of
 the last epoch, at a tenth of the rate, where the paper keeps the epoch of lowest validation loss (the history tells both)."""
 
+import copy
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -127,7 +128,7 @@ def guided(model: nn.Module, x_adv: Tensor, target: Tensor, generator, *, guide:
     return loss(represent(model.classifier, model.restorer(x_adv), guide), target), {}
 
 
-def online(model: nn.Module, x: Tensor, y: Tensor, generator, *, eps: float, steps: int = 3) -> tuple[Tensor, dict]:
+def online(model: nn.Module, x: Tensor, y: Tensor, generator, *, eps: float, steps: int) -> tuple[Tensor, dict]:
     """Training step of the control: LGD's loss on images that PGD finds end to end against the denoiser as it is now, with the true labels."""
     with training.evaluating(model):
         x_adv = pgd(model, x, y, eps=eps, steps=steps, generator=generator)
@@ -181,10 +182,11 @@ def train(name: str, classifier: nn.Module, models: Sequence[nn.Module], source:
                                 batch_size=batch_size, lr=lr, amp=True, evaluate=watch, seed=seed, progress=progress, **FIT)
 
 
-def train_online(classifier: nn.Module, source: Dataset, *, label: str, images: int, epochs: int, eps: float, steps: int = 2,
+def train_online(classifier: nn.Module, source: Dataset, *, label: str, images: int, epochs: int, eps: float, steps: int,
                  widths: Sequence[int] = WIDTHS["small"], batch_size: int = 128, lr: float = 1e-3, seed: int = 0,
                  progress: bool = True) -> tuple[nn.Module, dict]:
-    """The control: LGD trained by `online` on the first `images` of `source`, adversarial training of the denoiser alone. Returns (model, info)."""
+    """The control: LGD trained by `online` (PGD of so many steps) on the first `images` of `source`, adversarial training of the denoiser alone.
+    Returns (model, info)."""
     mean, std = source.mean_std()
     build = partial(assemble, "LGD", classifier, channels=source.shape[0], widths=list(widths), mean=mean, std=std)
     return training.load_or_fit(f"hgd-{label}-online", build, partial(online, eps=eps, steps=steps), source.take(images), epochs=epochs,
@@ -205,11 +207,11 @@ def cancellation(x: Tensor, x_adv: Tensor, x_hat: Tensor) -> dict[str, float]:
     return {"k": k, "r": r, "residual": 255 * (dx_hat - k * dx).std().item()}
 
 
-def shares(model: nn.Module, x_adv: Tensor, target: Tensor, *, guide: str, repeats: int = 5) -> dict[str, float]:
+def shares(model: nn.Module, x_adv: Tensor, target: Tensor, *, guide: str, repeats: int = 20) -> dict[str, float]:
     """Milliseconds an image of one training step's forward and backward pass, in the denoiser alone and in the classifier behind it, on the model's
-    device."""
+    device, for a batch and in the modes and precision that `train` uses."""
     where = next(model.parameters()).device
-    x_adv, target = x_adv.to(where), target.to(where)
+    x_adv, target, restorer = x_adv.to(where), target.to(where), copy.deepcopy(model.restorer).train()
 
     def wait() -> None:
         if where.type == "cuda":
@@ -220,13 +222,15 @@ def shares(model: nn.Module, x_adv: Tensor, target: Tensor, *, guide: str, repea
         for _ in range(repeats):
             wait()
             start = time.perf_counter()
-            torch.autograd.grad(f().sum(), inputs)
+            with torch.autocast(where.type, torch.bfloat16, enabled=training.fast_bfloat16(where), cache_enabled=False):
+                out = f().sum()
+            torch.autograd.grad(out, inputs)
             wait()
             times.append(1e3 * (time.perf_counter() - start) / len(x_adv))
         return sorted(times)[repeats // 2]
 
     z = x_adv.clone().requires_grad_()
     with core.attacking(model.classifier):
-        alone = clock(lambda: model.restorer(x_adv), list(model.restorer.parameters()))
+        alone = clock(lambda: restorer(x_adv), list(restorer.parameters()))
         behind = 0.0 if guide == "pixels" else clock(lambda: loss(represent(model.classifier, z, guide), target), [z])
     return {"denoiser": alone, "classifier": behind}

@@ -7,7 +7,8 @@ What the paper leaves silent, and what was chosen. g(x) is not clipped to [0, 1]
 not have: `models.vgg0`, adversarially trained at 8/255. Table 1's epochs are runs of constant learning rate, which agree on their common epochs. f_b
 is stored with batch norm folded into its convolutions and without dropout, so that neither train() nor a training of f_a can change it. Where f_a
 trains in bfloat16, g stays in float32. An image's start is a hash of (seed, its number, its pixel), and images are numbered as they
-pass through g: a seed gives the same g(x) however a batch is split, and no two passes share a draw. Training numbers images by its own generator.
+pass through g: a seed gives the same g(x) however a batch is split, and no two passes of one g share a draw (a copy counts on from where it was
+made). Training numbers images by its own generator.
 
 Derivatives. The offset o_N is constant in x while no sign and no y_L flips, so that dg/dx is the identity almost everywhere: autograd through
 `Transform`, automatic differentiation of the raw loop, and BPDA with the identity (BPDA-I) are one thing. `Unrolled` is the paper's other BPDA."""
@@ -31,7 +32,8 @@ from advlab.data import Dataset
 from advlab.models import classifier, folded, seeded
 
 STARTS, KINDS = ("random", "fixed", "none", "signs"), ("tanh", "soft sign")
-VARIANTS = {  # options of Transform; "repo" is what the released notebook does; "noise", random corners of the ball, is the control that needs no f_b
+VARIANTS = {  # options of Transform; "repo" is what the released notebook does, but for its drop of the learning rate; "noise", random corners of the
+    # ball, is the control that needs no f_b
     "paper": {}, "repo": {"targeted": False, "step": 1 / 10}, "no_start": {"start": "none"}, "fixed_start": {"start": "fixed"},
     "clip01": {"clip01": True}, "noise": {"start": "signs", "steps": 0}}
 ADAM = {"optimizer": "adam", "lr": 3e-3}
@@ -195,7 +197,7 @@ def defended(data: Dataset, g: Transform, *, profile: str, epochs: int = 0, seed
 
 
 def expected(g: nn.Module, x: Tensor, *, samples: int, batch_size: int = 512) -> tuple[Tensor, Tensor]:
-    """Two independent means of samples / 2 draws of g(x), (B, C, H, W) each: their mean estimates E g(x), their distance is its noise floor."""
+    """Two independent means of samples / 2 draws of g(x), (B, C, H, W) each: their mean estimates E g(x), half their distance is its noise floor."""
     draws = predict(g, x.repeat_interleave(2 * (samples // 2), 0), batch_size)
     return tuple(draws.unflatten(0, (len(x), 2, -1)).mean(2).unbind(1))
 

@@ -88,12 +88,12 @@ class Encoder(nn.Module):
     def __init__(self, channels: int, widths: Sequence[int], units: Sequence[int]):
         super().__init__()
         stages = (conv_units(c, [w] * n, bias=True) for c, w, n in zip([channels, *widths], widths, units))
-        self.stages = nn.ModuleList(stages)
+        self.stages, self.pool = nn.ModuleList(stages), nn.MaxPool2d(2, return_indices=True)
 
     def forward(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
         indices = []
         for stage in self.stages:
-            z, index = F.max_pool2d(stage(z), 2, return_indices=True)
+            z, index = self.pool(stage(z))
             indices.append(index)
         return z, indices
 

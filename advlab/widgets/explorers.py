@@ -229,6 +229,7 @@ class SensitivityExplorer(ImageExplorer):
         for v, colour, name in ((clean, "#56B4E9", "clean"), (moved, "#D55E00", attack))[: 1 if attack == "none" else 2]:
             ax.hist(v.cpu().numpy(), bins=bins.numpy(), color=colour, alpha=0.6, label=name)
         ax.axvline(size, color="black", linestyle="--", linewidth=1.5, label="this image")
+        ax.set_ylabel("images", fontsize=8)
         ax.locator_params(axis="y", integer=True, nbins=5)
         ax.legend(fontsize=8, frameon=False)
         picture(fig, masked[0], 7.05, 0.25, 2.1, f"masked: {self.said(self.answer(f, x, rate))}")
@@ -329,7 +330,7 @@ class TransformExplorer(ImageExplorer):
             every.append(g(x.expand(len(part), -1, -1, -1), part.to(x.device)))
         g_x = torch.cat(every)
         mean = g_x.mean(0)
-        away, floor = mean - x[0], g_x[0::2].mean(0) - g_x[1::2].mean(0)
+        away, floor = mean - x[0], (g_x[0::2].mean(0) - g_x[1::2].mean(0)) / 2
         fig = figure(2.75)
         shown = {f"image: {self.said(f_b(x))}": x[0], f"one draw of g(x): {self.said(f_b(g_x[:1]))}": g_x[0], f"mean of {draws} draws": mean,
                  f"mean less image, largest {away.abs().max():.3f}": perturbation(away)}
@@ -341,6 +342,6 @@ class TransformExplorer(ImageExplorer):
             votes = f" f_a reads {self.classes[int(self.y[image])]} in {(p == self.y[image]).double().mean():.0%} of the draws."
         far, noise = away.abs(), floor.abs()
         status = (f"N = {steps}, Δ = {delta:g}. Distance of the image from the mean of {draws} draws: {far.max():.3f} at the largest pixel, "
-                  f"{far.mean():.3f} on average; noise floor, the distance of two half means: {noise.max():.3f} and "
+                  f"{far.mean():.3f} on average; noise floor, half the distance of two half means: {noise.max():.3f} and "
                   f"{noise.mean():.3f}. The words above the pictures are what f_b sees.{votes}")
         return fig, f"The image, one draw of its transformation, the mean of {draws} draws, and the difference. {status}", status
