@@ -62,7 +62,7 @@ lab: setup  ## JupyterLab on 127.0.0.1
 notebooks: setup  ## run the quick series and put its outputs into the committed notebooks
 	$(RUN) -m advlab run $(NOTEBOOK) --profile quick --refresh
 
-bench: $(BENCH)/.set-up  ## attacks beside their peers' in .venv-bench: speed, memory, strength (half an hour)
+bench: $(BENCH)/.set-up  ## attacks beside their peers' in .venv-bench: speed, memory, strength (an hour)
 	$(BENCH)/bin/python benchmarks/attacks.py
 	$(BENCH)/bin/python benchmarks/attacks.py --overhead
 	$(BENCH)/bin/python benchmarks/strength.py
