@@ -119,11 +119,12 @@ def saliency(f: nn.Module, x: Tensor, *, layers: Sequence[str] = ("layer1", "lay
     return torch.cat([x, *(((m + 1e-12).log10() / 12 + 1).clamp(0, 1) for m in maps)], 1)
 
 
-VIEWS = {"org": lambda f, x: x, "IS": insen, "sal": saliency}
+VIEWS = {"org": lambda f, x: x, "IS": insen, "sal": saliency, "S": partial(insen, raw=1.0)}
 
 
 class Detector(nn.Module):
-    """A binary CNN on a view of the image by f ("org", "IS" or "sal"): (B, C, H, W) to logits (B, 2) of benign and adversarial."""
+    """A binary CNN on a view of the image by f ("org", "IS", "sal", or "S", InSen without its logarithm): (B, C, H, W) to logits (B, 2) of benign and
+    adversarial."""
 
     def __init__(self, kind: str, f: nn.Module, net: nn.Module):
         super().__init__()
