@@ -2,10 +2,12 @@
 small notebooks."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import nbformat
 import pytest
@@ -349,3 +351,18 @@ def test_every_profile_keeps_the_triggers_that_the_stamps_need(where):
 
     options = yaml.safe_load((ROOT / "profiles" / where / "config.yaml").read_text())
     assert options["rerun-triggers"] == ["mtime", "params"] and options["rerun-incomplete"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("profile", "wanted"), [("smoke", {"mem_mb=2000", "runtime=30", "gpu=0"}),
+                                                 ("paper", {"mem_mb=24000", "runtime=1440", "gpu=1"})])
+def test_a_scheduler_is_told_memory_minutes_and_gpus(checkout, monkeypatch, profile, wanted):
+    """Snakemake's own account of a job, as the Slurm plugin gets it; set-resources gives one notebook more."""
+    monkeypatch.chdir(checkout)
+    request = f"request={quote(json.dumps({'profile': profile}))}"
+    command = [sys.executable, "-m", "snakemake", "--directory", str(checkout / "runs"), "--config", request, "--cores", "1", "--dry-run",
+               "--set-resources", "11_two:mem_mb=5555"]
+    out = subprocess.run(command, capture_output=True, text=True)
+    told = dict(re.findall(r"^(?:local)?rule (\d\d_\w+):\n(?:    .*\n)*?    resources: (.*)$", out.stdout, re.M))
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert set(told) == set(NAMES) and wanted <= set(told["10_one"].split(", ")) and "mem_mb=5555" in told["11_two"]
