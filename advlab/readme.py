@@ -109,12 +109,22 @@ def hgd() -> str:
     return "\n\n".join(tables)
 
 
+def _spent() -> str:
+    """The seconds of the runs behind standard's results, summed by kind of device; a run that wrote two files counts once."""
+    runs = {(name, document["run"]["seconds"]): document["run"]["device"] for (name, _), document in ledger.documents("standard").items()}
+    gpu = sum(seconds for (_, seconds), device in runs.items() if device.startswith("cuda"))
+    cpu = sum(seconds for _, seconds in runs) - gpu
+    return (f"Its {len(runs)} runs took {cpu / 3600:.1f} hours on CPUs and {gpu / 60:.0f} minutes on a GPU in all; networks that came from a cache cost "
+            "nothing in them.")
+
+
 def claims() -> str:
     """The ledger's summary (advlab.ledger), standard."""
     lines = ledger.entries("standard")
     left = ledger.exclusions("standard")
     reasons = "; ".join(f"{reason} ({sum(r == reason for r in left.values())})" for reason in dict.fromkeys(left.values()))
-    note = "Profile `standard`; an exhibit counts once for each data set. " + (f"Excluded by name: {reasons}." if left else "Nothing is excluded.")
+    note = f"Profile `standard`; an exhibit counts once for each data set. {_spent()} "
+    note += f"Excluded by name: {reasons}." if left else "Nothing is excluded."
     return f"{markdown(ledger.SUMMARY, ledger.summary(lines))}\n\n{note}"
 
 
