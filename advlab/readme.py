@@ -114,8 +114,8 @@ def _spent() -> str:
     runs = {(name, document["run"]["seconds"]): document["run"]["device"] for (name, _), document in ledger.documents("standard").items()}
     gpu = sum(seconds for (_, seconds), device in runs.items() if device.startswith("cuda"))
     cpu = sum(seconds for _, seconds in runs) - gpu
-    return (f"Its {len(runs)} runs took {cpu / 3600:.1f} hours on CPUs and {gpu / 60:.0f} minutes on a GPU in all; networks that came from a cache cost "
-            "nothing in them.")
+    return (f"Its {len(runs)} runs took {cpu / 3600:.1f} hours on CPUs and {gpu / 60:.0f} minutes on a GPU in all; networks that came from a cache "
+            "cost nothing in them.")
 
 
 def claims() -> str:
