@@ -204,7 +204,8 @@ class SensitivityExplorer(ImageExplorer):
         x, y = self.x[index], self.y[index]
         if attack == "ddn":
             job.total = job.done + 30
-            return round8(ddn(job.watch(self.models[model]), x, y, steps=30))
+            found = ddn(job.watch(self.models[model]), x, y, steps=30)
+            return round8((x + 1.05 * (found - x)).clamp(0, 1))  # on the boundary itself rounding would bring some images back
         return x if attack == "none" else round8(_attack(job, self.models[model], x, y, eps, attack))
 
     def draw(self, job, *, model, image, attack, eps, rate):
