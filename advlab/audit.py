@@ -227,7 +227,8 @@ def text(found: Audit, about: str = "") -> str:
     rungs = [[str(r["rung"]), r["threat"], r["attack"], report.share(r), f"{r['fell']} of {r['tried']}" if "fell" in r else ""]
              for r in found.climbed.rows]
     bad = [c for c in found.checks if not c["passed"]]
-    lines = [f"# Audit of {found.name}", about, found.verdict(), "## The ladder", "Each rung attacks the images that still stand.",
+    lines = [f"# Audit of {found.name}", about, found.verdict(), "## The ladder",
+             "Each rung attacks the images that the defence, or some draw of it, still gets right.",
              report.markdown(("rung", "attacker", "attack", "left", "fell"), rungs), "## Checks"]
     lines += [f"- **{c['check']}** ({'warning' if c['check'] in WARNING else 'failed'}): {PLAIN.get(c['check'], '')} ({c['reading']})" for c in bad]
     passed = f"{len(found.checks) - len(bad)} of {len(found.checks)} checks passed, on {found.probed} images."

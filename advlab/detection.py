@@ -34,6 +34,12 @@ def tpr_at(negative: Tensor, positive: Tensor, fpr: float) -> tuple[float, float
     return true[at].item(), thresholds[at].item()
 
 
+def best_threshold(negative: Tensor, positive: Tensor) -> float:
+    """The threshold at which the true positive rate exceeds the false one by most (Youden's index): flag scores of at least that."""
+    false, true, thresholds = roc(negative, positive)
+    return thresholds[(true - false).argmax()].item()
+
+
 def _checked(scores: Tensor, name: str) -> Tensor:
     scores = torch.as_tensor(scores).detach().double().flatten()
     if not len(scores) or scores.isnan().any():

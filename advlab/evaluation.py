@@ -219,7 +219,7 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
     rows = [base | {"threat": "none", "attack": "clean", "eps": 0.0, "steps": 0, "rung": 0} | accuracy(defence, x, y, draws=draws)]
     for number, (threat, name, attack, model) in enumerate(rungs(defence, parts, budget, eps=eps, norm=norm, generator=generator), 1):
         start, index = time.perf_counter(), (least > 0 if drop else open_to).nonzero().squeeze(1)
-        own, before = clean.clone(), int(standing.sum())
+        own, stood = clean.clone(), standing.clone() if drop else clean
         for part in _parts(index, batch_size):
             x_adv = attack(defence if model is None else model, x[part], y[part])
             delta = (x_adv - x[part]).flatten(1)
@@ -235,8 +235,7 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
             for i in new.tolist():
                 fell_to[i] = f"{threat}: {name}"
         kept = standing if drop else own
-        fell = before - int(standing.sum()) if drop else int((clean & ~own).sum())
-        row = score(kept[None]) | {"worst": standing.double().mean().item(), "tried": len(index), "fell": fell}
+        row = score(kept[None]) | {"worst": standing.double().mean().item(), "tried": len(index), "fell": int((stood & ~kept).sum())}
         steps = {"query": budget.queries, "paper": None, "adaptive": None}.get(threat, budget.steps)  # those bring their own
         rows.append(base | {"threat": threat, "attack": name, "steps": steps, "rung": number} | row
                     | {"seconds": round(time.perf_counter() - start, 3)})

@@ -206,7 +206,8 @@ def joint(clouds: dict[str, tuple[Tensor, Tensor]], *, xlabel: str, ylabel: str)
 
 
 def histograms(
-    groups: dict[str, Sequence[float]], *, label: str = "", title: str = "", bins: int = 30, span: tuple[float, float] | None = None, ax=None,
+    groups: dict[str, Sequence[float]], *, label: str = "", title: str = "", bins: int = 30, span: tuple[float, float] | None = None,
+    legend: bool = True, ax=None,
 ):  # fmt: skip
     """Histograms of several groups of numbers on common bins over `span` (from the least to the largest number), as steps filled lightly, each as a
     share of its own group. Returns the Figure. Raises ValueError for a group that is empty or not finite."""
@@ -222,7 +223,8 @@ def histograms(
             seaborn.histplot(x=list(values), bins=bins, binrange=span or (every.min().item(), every.max().item()), stat="probability", element="step",
                              color=look[0], linestyle=look[2], alpha=0.18, linewidth=1.8, label=name, ax=ax)
         ax.set(xlabel=label, ylabel="share", title=title)
-        aside(ax)
+        if legend:
+            aside(ax)
     return fig
 
 

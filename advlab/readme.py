@@ -51,11 +51,12 @@ def speed() -> str:
 
 def defences() -> str:
     """What gradient maps for ten labels and the transformation cost beside the passes they need (benchmarks/gradient_maps.py, transform.py)."""
-    ratios = [r for name in ("gradient_maps", "transform") for r in _rows(name, "benchmark") if r["unit"] in ("ratio", "s")]
+    documents = [report.load_results(name, profile="standard", dataset="benchmark") for name in ("gradient_maps", "transform")]
+    ratios = [r for document in documents for r in document["rows"] if r["unit"] in ("ratio", "s")]
     lines = [[r["network"], r["system"].replace(" / ", " over "), f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" + " s" * (r["unit"] == "s"),
               f"{r.get('goal', '-')}" + (", missed" if r.get("passed") is False else "")] for r in ratios]
     table = markdown(("networks", "time of", "ratio", "goal: at most"), lines)
-    maps, g = (report.load_results(name, profile="standard", dataset="benchmark")["run"]["threads"] for name in ("gradient_maps", "transform"))
+    maps, g = (document["run"]["threads"] for document in documents)
     return f"{table}\n\nBatches of 64 on a CPU (threads: maps and SSIM {maps}, g {g}), medians [quartiles] of interleaved rounds."
 
 

@@ -139,6 +139,7 @@ def test_true_positives_at_a_false_positive_rate():
     rate, cut = detection.tpr_at(clean, adv, 0.1)
     assert rate == 0.75 and (clean >= cut).float().mean() <= 0.1 and (adv >= cut).float().mean() == 0.75
     assert detection.tpr_at(clean, adv, 1.0)[0] == 1
+    assert detection.best_threshold(clean, adv) == 8.5  # three quarters found, a tenth of the clean ones flagged; the next below flags two tenths
     with pytest.raises(ValueError, match="between 0 and 1"):
         detection.tpr_at(clean, adv, 5)
     with pytest.raises(ValueError, match="negative group has 0"):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from advlab import data, evaluation
-from advlab.attacks import bpda, core, eot, pgd
+from advlab.attacks import bpda, core, eot, pgd, through
 from advlab.checkpoints import describe
 from advlab.defenses import transform
 from advlab.defenses.transform import VARIANTS, Transform, Unrolled, starts
@@ -385,7 +385,7 @@ def test_partial_attacks_reach_the_ladder(x):
         return pgd(model, a, b, eps=0.3, steps=2)
 
     parts = evaluation.Parts(random=True, paper={"released attack": partial(transform.repo_bpda, eps=1e-4, steps=2)},
-                             adaptive={"other": transform.through(defence.classifier, attack)})
+                             adaptive={"other": through(defence.classifier, attack)})
     climb = evaluation.ladder(defence, parts, evaluation.Budget(12, 1, 1, 2, 2), x, y, eps=0.3, draws=3)
     rows = {r["attack"]: r for r in climb.rows}
     assert rows["released attack"]["threat"] == "paper" and rows["other"]["threat"] == "adaptive"

@@ -1,7 +1,8 @@
 """Threat models as wrappers: an adaptive attack is the same attack on another model, `pgd(bpda(restorer, classifier), x, y, eps=eps)`.
 
-`bpda` puts a stand-in derivative behind a transformation, `eot` averages a random defence, `smooth` gives ReLU, max-pooling and sign a
-backward pass that does not vanish, and `aware` with `undetected` and `unflagged` attacks a classifier and its detector together."""
+`bpda` puts a stand-in derivative behind a transformation, `through` attacks another model in its place, `eot` averages a random defence, `smooth`
+gives ReLU, max-pooling and sign a backward pass that does not vanish, and `aware` with `undetected` and `unflagged` attacks a classifier and its
+detector together."""
 
 import copy
 from collections.abc import Callable
@@ -47,6 +48,11 @@ class bpda(nn.Module):
         if value.shape != stand_in.shape:
             raise ValueError(f"the transformation gives {tuple(value.shape)} and its stand-in {tuple(stand_in.shape)}; they must agree")
         return self.model(straight_through(value, stand_in))
+
+
+def through(surrogate: Model, attack: Callable) -> Callable:
+    """The attack (model, x, y) as one that differentiates `surrogate`, whatever model it is given."""
+    return lambda _, x, y: attack(surrogate, x, y)
 
 
 class eot(nn.Module):

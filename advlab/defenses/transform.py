@@ -36,6 +36,7 @@ VARIANTS = {  # options of Transform; "repo" is what the released notebook does,
     # ball, is the control that needs no f_b
     "paper": {}, "repo": {"targeted": False, "step": 1 / 10}, "no_start": {"start": "none"}, "fixed_start": {"start": "fixed"},
     "clip01": {"clip01": True}, "noise": {"start": "signs", "steps": 0}}
+RELEASED_STEP = 0.003  # of the released attack, in pixels of [0, 1]
 ADAM = {"optimizer": "adam", "lr": 3e-3}
 RECIPES = {  # f_b: width, PGD steps and settings of its adversarial training; f_a: `warm` epochs on "noise", then `epochs` on g(x), and settings
     "smoke": {"width": 8, "pgd": 1, "at": {"epochs": 1, **ADAM}, "warm": 1, "epochs": 1, "fit": ADAM},
@@ -214,12 +215,7 @@ def rises(series: Sequence[Tensor]) -> bool:
     return interval(series[-1] - series[0])[0] > 0 and all(interval(b - a)[1] >= 0 for a, b in pairwise(series))
 
 
-def through(surrogate: nn.Module, attack: Callable) -> Callable:
-    """The attack (model, x, y) as one that differentiates `surrogate`, whatever model it is given."""
-    return lambda _, x, y: attack(surrogate, x, y)
-
-
-def repo_bpda(defence: nn.Sequential, x: Tensor, y: Tensor, *, eps: float, steps: int = 20, step_size: float = 0.003,
+def repo_bpda(defence: nn.Sequential, x: Tensor, y: Tensor, *, eps: float, steps: int = 20, step_size: float = RELEASED_STEP,
               generator: torch.Generator | None = None) -> Tensor:
     """The released attack with its faults: f_a sees x + g(x), and the label to leave is f_a's own on the raw x, not y. The division by the last loop
     index changes no sign, and the missing clip to [0, 1] is not copied. One sample, 20 steps of 0.003, random start."""
