@@ -4,9 +4,13 @@ A recipe belongs to a profile and a role: `target` is the classifier that every 
 adversarially, the yardstick of every claim; `partner` and `second_partner` are other networks (HGD's ensemble, S2S's second classifier),
 `holdout` one that no defence ever sees. Networks and budgets are those of the README's table of profiles."""
 
+import multiprocessing
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
+import torch
 from torch import nn
 
 from advlab import parallel, series, training
@@ -72,6 +76,21 @@ def shared(role: str, data: Dataset, profile: str, *, eps: float = 8 / 255, seed
             train = data
         settings |= {"evaluate": partial(training.pgd_accuracy, x=spare[0], y=spare[1], eps=eps), "guard": "pgd_accuracy"}
     return training.load_or_fit(f"{profile}-{data.name}-{role}-{seed}", build, step, train, **recipe, **settings)
+
+
+def side_by_side(roles: Sequence[str], data: Dataset, profile: str, **options) -> None:
+    """Train the classifiers of these roles on the CPU, as many at a time as its cores have room for with this process's number of threads each, so
+    that `shared`, which takes the same options, finds them in data/checkpoints: the same bits as one after another. It does nothing on a GPU, or
+    where there is room for one only."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = min(cores // torch.get_num_threads(), len(roles))
+    if room > 1 and not torch.cuda.is_available():
+        with ProcessPoolExecutor(room, multiprocessing.get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
+            list(pool.map(partial(_train, data, profile, **options), roles))
+
+
+def _train(data: Dataset, profile: str, role: str, **options) -> None:
+    shared(role, data, profile, **options, progress=False)
 
 
 def prepare(roles: Sequence[str], profile: str, dataset: str | None = None, given: Mapping | None = None) -> None:

@@ -7,6 +7,8 @@ from torch import nn
 from advlab import data, gradients, zoo
 from advlab.attacks import margin
 
+ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains one network at a time")
+
 
 @pytest.fixture(scope="module")
 def train():
@@ -23,6 +25,28 @@ def test_a_shared_classifier_is_trained_once_and_read_back(train, monkeypatch, t
     assert len(list(tmp_path.rglob("*.pt"))) == 2
     _, record = zoo.shared("target", train.take(128), "smoke", progress=False)
     assert not record["cached"]  # other data, another classifier
+
+
+@ON_CPU
+def test_classifiers_trained_side_by_side_are_the_same_bits(train, monkeypatch, tmp_path):
+    monkeypatch.setattr("advlab.zoo.os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    found = {}
+    for how in ("together", "alone"):
+        monkeypatch.setenv("ADVLAB_HOME", str(tmp_path / how))
+        if how == "together":
+            zoo.side_by_side(["target", "partner"], train, "smoke", eps=0.02, seed=3)
+        found[how] = [zoo.shared(role, train, "smoke", eps=0.02, seed=3, progress=False) for role in ("target", "partner")]
+    for (a, kept), (b, record) in zip(found["together"], found["alone"], strict=True):
+        assert kept["cached"] and not record["cached"] and kept["threads"] == record["threads"]
+        assert all(torch.equal(v, w) for v, w in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@ON_CPU
+def test_without_room_for_two_nothing_is_trained_side_by_side(train, monkeypatch, tmp_path):
+    monkeypatch.setattr("advlab.zoo.os.sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setenv("ADVLAB_HOME", str(tmp_path))
+    zoo.side_by_side(["target", "partner"], train, "smoke")
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 @pytest.mark.parametrize(("role", "profile"), [("villain", "quick"), ("target", "fast")])
