@@ -5,10 +5,12 @@ clean images and under the oblivious attack. Here the same network is trained in
 leaves open, and shorter (150 steps for its 561), so that variants compare with the row "as in notebook 43" and not with the trial."""
 
 import time
+from dataclasses import replace
 from functools import partial
 
 import torch
 from peers import options
+from torch.nn import functional as F
 
 from advlab import data, evaluation, report, zoo
 from advlab.attacks import bpda, pgd
@@ -19,10 +21,16 @@ EPS = 8 / 255
 
 
 def variants(pixels: int) -> dict[str, dict]:
-    """What each changes in `trn.trained`; pixels: the numbers in an image, over which the pixel loss is a mean here."""
-    return {"as in notebook 43": {}, "pixel loss summed over the image": {"weight": float(pixels)}, "another seed": {"seed": 1},
+    """What each changes in `trn.trained`, or by how much it pads the images; pixels: the numbers in an image, over which the pixel loss is a mean."""
+    return {"as in notebook 43": {}, "pixel loss summed over the image": {"weight": float(pixels)}, "padded to 32 pixels, as the trial": {"pad": 2},
+            "another seed": {"seed": 1},
             "maps over their largest entry": {"scale": "max"}, "maps not scaled": {"scale": "none"},
             "late drops of the learning rate": {"milestones": (0.9, 0.97)}}
+
+
+def padded(images: data.Dataset, pad: int) -> data.Dataset:
+    """The images with `pad` black pixels on every side; the classifier, which ends in a mean over places and was trained on shifted images, stays."""
+    return replace(images, x=F.pad(images.x, (pad,) * 4), digest=f"{images.digest} padded by {pad}") if pad else images
 
 
 def attacked(target: torch.nn.Module, defence: torch.nn.Sequential, x: torch.Tensor, y: torch.Tensor) -> dict[str, dict]:
@@ -39,11 +47,12 @@ def main() -> None:
     dataset, profile, images, n = ("skimage10", "smoke", 128, 16) if given.quick else ("fashion_mnist", "standard", 9600, 100)
     train, test = (data.load(dataset, split) for split in ("train", "test"))
     target = folded(zoo.shared("target", train, profile, progress=False)[0].to(given.device))
-    x, y = test.images(slice(n), device=given.device), test.y[:n].to(given.device)
     recipe = {"attack": "MIM", "images": images, "batch_size": 64, "width": 16, "blocks": 1, "progress": False}
     settings, rows = {"dataset": dataset, "images": images, "n": n, "quick": given.quick}, []
     for name, changes in variants(train.images(slice(1)).numel()).items():
-        defence, record = trn.trained(target, train, **recipe | changes)
+        pad = changes.pop("pad", 0)
+        x, y = padded(test, pad).images(slice(n), device=given.device), test.y[:n].to(given.device)
+        defence, record = trn.trained(target, padded(train, pad), **recipe | changes)
         last = record["history"][-1]
         print(f"{name}: {record['seconds']:.0f} s, pixel loss {last['pixel']:.4f}, right on the attacked {last['robust_accuracy']:.1%}", flush=True)
         for attack, r in attacked(target, defence, x, y).items():
