@@ -171,7 +171,7 @@ def run(wanted: Sequence[str] = (), *, profile: str = "quick", dataset: str | No
     if resume and not dry and (folder / ".snakemake").exists():
         subprocess.run([*command, "--unlock", "--quiet", "all"], check=True)
     if on == "local":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = series.cores()
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
         command += ["--cores", str((jobs or max(cores // threads, 1)) * threads), "--resources", f"mem_mb={memory}", "gpu=1"]
     elif jobs:

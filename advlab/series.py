@@ -23,6 +23,11 @@ class SeriesError(ValueError):
     """An unknown notebook, profile or parameter, or a notebook that failed; the message says which, and what to do."""
 
 
+def cores() -> int:
+    """How many cores this process may use, where the system tells; else how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def names() -> list[str]:
     """Every notebook of the series by its name NN_slug, in order."""
     return sorted(p.stem for p in paths.notebooks().glob("[0-9][0-9]_*.ipynb"))

@@ -5,7 +5,6 @@ adversarially, the yardstick of every claim; `partner` and `second_partner` are 
 `holdout` one that no defence ever sees. Networks and budgets are those of the README's table of profiles."""
 
 import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -82,8 +81,7 @@ def side_by_side(roles: Sequence[str], data: Dataset, profile: str, **options) -
     """Train the classifiers of these roles on the CPU, as many at a time as its cores have room for with this process's number of threads each, so
     that `shared`, which takes the same options, finds them in data/checkpoints: the same bits as one after another. It does nothing on a GPU, or
     where there is room for one only."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = min(cores // torch.get_num_threads(), len(roles))
+    room = min(series.cores() // torch.get_num_threads(), len(roles))
     if room > 1 and not torch.cuda.is_available():
         with ProcessPoolExecutor(room, multiprocessing.get_context("spawn"), torch.set_num_threads, (torch.get_num_threads(),)) as pool:
             list(pool.map(partial(_train, data, profile, **options), roles))

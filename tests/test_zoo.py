@@ -29,7 +29,7 @@ def test_a_shared_classifier_is_trained_once_and_read_back(train, monkeypatch, t
 
 @ON_CPU
 def test_classifiers_trained_side_by_side_are_the_same_bits(train, monkeypatch, tmp_path):
-    monkeypatch.setattr("advlab.zoo.os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr("advlab.series.cores", lambda: 2)
     found = {}
     for how in ("together", "alone"):
         monkeypatch.setenv("ADVLAB_HOME", str(tmp_path / how))
@@ -43,7 +43,7 @@ def test_classifiers_trained_side_by_side_are_the_same_bits(train, monkeypatch, 
 
 @ON_CPU
 def test_without_room_for_two_nothing_is_trained_side_by_side(train, monkeypatch, tmp_path):
-    monkeypatch.setattr("advlab.zoo.os.sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr("advlab.series.cores", lambda: 1)
     monkeypatch.setenv("ADVLAB_HOME", str(tmp_path))
     zoo.side_by_side(["target", "partner"], train, "smoke")
     assert not list(tmp_path.rglob("*.pt"))
