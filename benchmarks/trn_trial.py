@@ -41,13 +41,13 @@ def attacked(target: torch.nn.Module, defence: torch.nn.Sequential, x: torch.Ten
             **{name: evaluation.robustness(defence, attack, x, y, surrogate=seen) for name, (attack, seen) in ways.items()}}
 
 
-def kept(profile: str, settings: dict) -> list[dict]:
-    """The rows of an earlier run with these settings, whose variants are not run again."""
+def kept(profile: str, settings: dict) -> tuple[list[dict], float]:
+    """The rows of an earlier run with these settings, whose variants are not run again, and the seconds that it took."""
     try:
         found = report.load_results("trn_trial", profile=profile, dataset="benchmark")
     except FileNotFoundError:
-        return []
-    return found["rows"] if found["run"]["parameters"] == settings else []
+        return [], 0.0
+    return (found["rows"], found["run"]["seconds"]) if found["run"]["parameters"] == settings else ([], 0.0)
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def main() -> None:
     target = folded(zoo.shared("target", train, profile, progress=False)[0].to(given.device))
     recipe = {"attack": "MIM", "images": images, "batch_size": 64, "width": 16, "blocks": 1, "progress": False}
     settings = {"dataset": dataset, "images": images, "n": n, "quick": given.quick}
-    rows = kept(profile, settings)
+    rows, before = kept(profile, settings)
     for name, changes in variants(train.images(slice(1)).numel()).items():
         if any(r["system"] == name for r in rows):
             continue
@@ -70,7 +70,7 @@ def main() -> None:
             eps, seed = 0.0 if attack == "clean" else EPS, changes.get("seed", 0)
             rows.append(report.row(exhibit="study", system=name, attack=attack, norm="linf", eps=eps, seed=seed, **r))
             print(f"  {attack:28} {r['value']:6.1%} [{r['low']:.1%}, {r['high']:.1%}]", flush=True)
-        info = report.run_info(settings, 0, started, device=given.device)
+        info = report.run_info(settings, 0, started - before, device=given.device)
         where = report.save_results("trn_trial", rows, run=info, profile=profile, dataset="benchmark")  # after each, so that a stop loses one at most
         print(f"{len(rows)} rows in {where}, after {info['seconds']:.0f} s", flush=True)
 
