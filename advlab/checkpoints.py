@@ -110,8 +110,9 @@ def write(path: Path, raw: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob(f"{path.name}.*.tmp"):  # left by processes that were killed while writing
-            if time.time() - old.stat().st_mtime > 3600:
-                old.unlink()
+            with contextlib.suppress(FileNotFoundError):  # another process has finished with it meanwhile
+                if time.time() - old.stat().st_mtime > 3600:
+                    old.unlink()
         with open(temporary, "wb") as file:
             file.write(raw)
             file.flush()

@@ -284,7 +284,7 @@ def test_stopped_anywhere_resumes_bit_for_bit(settings, where, tmp_path, monkeyp
 
 
 KILLING = """
-import os, random, signal, sys, time
+import os, random, signal, sys, time, traceback
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
@@ -297,8 +297,10 @@ def train(folder, slow):
     torch.nn.modules.module.register_module_forward_hook(lambda *_: time.sleep(slow))
     try:
         load_or_fit("tiny", build, interrupted_step, make_data(), folder=folder, save_every=0.0, **QUICK | {{"epochs": 4}})
-    finally:
-        os._exit(sys.exc_info()[0] is not None)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 def child(folder, slow=0.0):
     pid = os.fork()
@@ -391,6 +393,18 @@ def test_a_file_is_replaced_never_written_over(tmp_path):
     with open(path, "rb") as file:
         write(path, b"newer")
         assert file.read() == b"old" and path.read_bytes() == b"newer" and list(path.parent.iterdir()) == [path]
+
+
+def test_writing_beside_another_process(tmp_path, monkeypatch):
+    """The other's temporary file, seen in the folder, is renamed or removed before it is looked at; one of a process killed long ago goes."""
+    path, glob = tmp_path / "file", Path.glob
+    old, young = tmp_path / "file.1.tmp", tmp_path / "file.2.tmp"
+    old.touch()
+    young.touch()
+    os.utime(old, (0, 0))
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / "file.0.tmp", *glob(folder, pattern)])
+    write(path, b"kept")
+    assert path.read_bytes() == b"kept" and sorted(tmp_path.iterdir()) == [path, young]
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------------------------------
