@@ -82,8 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "train":
             from advlab import zoo
+            from advlab.data import DataError
 
-            zoo.prepare(options.roles, options.profile, options.dataset, dict(map(assignment, options.given)))
+            try:
+                zoo.prepare(options.roles, options.profile, options.dataset, dict(map(assignment, options.given)))
+            except DataError as error:
+                raise series.SeriesError(str(error)) from None
             return 0
         if options.command == "step":
             pipeline.step(options.name, options.profile, options.values, options.stamp)

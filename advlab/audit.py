@@ -117,7 +117,7 @@ def examined(defence: nn.Module, parts: Parts, x: Tensor, y: Tensor, classes: in
     x, y = x[:8], y[:8]
     try:
         with core.attacking(defence), torch.no_grad():
-            z, again = defence(x), defence(x)
+            z, again, twice = defence(x), defence(x), defence(torch.cat([x, x]))
     except ValueError as error:
         raise AuditError(str(error)) from None
     except (RuntimeError, TypeError) as error:
@@ -130,16 +130,16 @@ def examined(defence: nn.Module, parts: Parts, x: Tensor, y: Tensor, classes: in
     if not sanity.outputs(defence, x)["passed"]:
         raise AuditError("the defence answers probabilities; attacks need logits: leave out the last softmax")
     parts = replace(parts, random=parts.random or not torch.equal(z, again))
+    once = parts.random and not torch.equal(z, again) and torch.allclose(*twice.chunk(2), atol=1e-5, rtol=1e-4)
+    parts = replace(parts, per_call=parts.per_call or once)
     if parts.restorer is not None and not parts.random:
         with torch.no_grad():
             if not torch.allclose(parts.classifier(parts.restorer(x)), z, atol=1e-3, rtol=1e-3):
                 raise AuditError("the defence is not classifier(restorer(x)), so that BPDA would attack something else; give other parts, or none")
-    if parts.differentiable:
-        try:
-            with core.attacking(defence):
-                core.gradient(defence, x, y, core.cross_entropy)
-        except (ValueError, RuntimeError):
-            parts = replace(parts, differentiable=False)
+    if parts.differentiable and not sanity.gradients(defence, x, y)["value"]:
+        parts = replace(parts, differentiable=False)
+    if parts.classifier is not None and not sanity.gradients(parts.classifier, x, y)["value"]:
+        parts = replace(parts, classifier=None, restorer=None)  # neither the oblivious attack nor BPDA has a gradient to follow
     return parts
 
 
@@ -177,7 +177,7 @@ def audit(defence: nn.Module, parts: Parts, x: Tensor, y: Tensor, budget: Budget
         if last is None:
             raise
         finished = False
-        say(f"{name}: interrupted; {last.rows[-1]['rung']} of {number} rungs are kept")
+        say(f"{name}: interrupted; {min(last.rows[-1]['rung'], number)} of {number} rungs are kept")
     if last.rows[-1]["threat"] != "worst case":
         end = {"threat": "worst case", "attack": "all", "rung": len(last.rows), "worst": last.standing.double().mean().item()}
         last.rows.append(last.rows[-1] | evaluation.score(last.standing[None]) | end)
@@ -189,7 +189,7 @@ def _ways(defence: nn.Module, parts: Parts, budget: Budget) -> dict[str, nn.Modu
     ways = {"end to end": defence} if parts.differentiable else {}
     if parts.restorer is not None and parts.classifier is not None:
         ways["bpda identity"] = bpda(parts.restorer, parts.classifier)
-    return {name: eot(model, budget.samples) if parts.random else model for name, model in ways.items()}
+    return {name: eot(model, budget.samples, apart=parts.per_call) if parts.random else model for name, model in ways.items()}
 
 
 def _curves(defence, ways, budget: Budget, x, y, *, eps: float, norm: str, seed: int, draws: int, name: str, batch_size: int) -> Iterator[dict]:
@@ -198,7 +198,8 @@ def _curves(defence, ways, budget: Budget, x, y, *, eps: float, norm: str, seed:
     points += [("steps", eps, n) for n in sorted({1, max(1, budget.steps // 4), budget.steps, 2 * budget.steps})]
     for way, model in ways.items():
         for curve, at, steps in points:
-            attack = partial(pgd, eps=at, norm=norm, steps=steps, keep="first" if draws == 1 else "last")
+            attack = partial(pgd, eps=at, norm=norm, steps=steps, keep="first" if draws == 1 else "last",
+                             generator=torch.Generator(x.device).manual_seed(seed))
             r = evaluation.robustness(defence, attack, x, y, surrogate=model, draws=draws, batch_size=batch_size)
             yield report.row(exhibit="ladder", system=way, threat="curve", attack="pgd", norm=norm, eps=at, steps=steps, seed=seed, curve=curve,
                              audited=name, **r)
@@ -268,6 +269,9 @@ def run(spec: str, *, dataset: str, profile: str = "quick", n: int | None = None
     budget = replace(budget, images=n or budget.images)
     defence, parts = opened(builder())
     x, y = test.images(slice(budget.images), device), test.y[: budget.images].to(device)
+    for part in (parts.classifier, parts.restorer, *parts.surrogates):
+        if isinstance(part, nn.Module):
+            part.to(device)
     examined(defence.to(device), parts, x, y, test.num_classes)  # before anything is trained
     train = data.load(dataset, "train") if surrogates else None
     parts = replace(parts, surrogates=[*parts.surrogates, *(zoo.shared(role, train, profile, seed=seed)[0] for role in surrogates)])

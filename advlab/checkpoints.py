@@ -125,13 +125,16 @@ def write(path: Path, raw: bytes) -> None:
 
 
 def trusted(load: Callable[[], dict], path: Path, *companions: Path) -> dict | None:
-    """load(), or None where there is no file at path. Where loading fails, for whatever reason: a warning, the files moved aside, and None."""
+    """load(), or None where there is no file at path. Where loading fails for what is in the file: a warning, the files moved aside, and None. Where
+    the machine fails (no right to read, too many open files, no memory), its error: the file may be good."""
     if not path.exists():
         return None
     try:
         return load()
     except FileNotFoundError:  # another process has moved or removed it meanwhile
         return None
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         tags = (f".{i}.bad" if i else ".bad" for i in itertools.count())
         tag = next(tag for tag in tags if not Path(f"{path}{tag}").exists())

@@ -14,6 +14,7 @@ def roc(negative: Tensor, positive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     negative, positive = _checked(negative, "negative"), _checked(positive, "positive")
     thresholds = torch.cat([negative.new_tensor([torch.inf]), torch.cat([negative, positive]).unique().flip(0)])
     fpr, tpr = (1 - torch.searchsorted(group.sort().values, thresholds).double() / len(group) for group in (negative, positive))
+    fpr[0] = tpr[0] = 0.0  # a score may be infinite itself
     return fpr, tpr, thresholds
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from advlab.attacks import core
 from advlab.attacks.adaptive import bpda, eot, smooth
 from advlab.attacks.blackbox import square, transfer
-from advlab.attacks.core import Model, dlr, margin
+from advlab.attacks.core import Model, dlr_or_margin, margin
 from advlab.attacks.ensemble import apgd_targets, fmn_targets, predict
 from advlab.attacks.gradient import apgd, pgd
 
@@ -86,16 +86,24 @@ def craft(victim: Model, attack: Callable, x: Tensor, y: Tensor, *, surrogate: M
     were right before the attack, (B,).
 
     surrogate is what the attacker differentiates, by default the victim itself. targets (B,): a targeted attack, judged by whether the label still
-    wins; ValueError where a target equals its label."""
+    wins; ValueError where a target equals its label, or an attack leaves [0, 1]."""
     core.check_images(x, y)
     if targets is not None and (targets == y).any():
         raise ValueError(f"a target equals its label at image {int((targets == y).nonzero()[0])}; draw targets with random_targets")
     before = judge(victim, x, y, draws=draws, batch_size=batch_size).double().mean(0)
-    index, out = before.nonzero().squeeze(1), x.clone()
+    index, x = before.nonzero().squeeze(1), x.detach()
+    out = x.clone()
     for part in _parts(index, batch_size):
         out[part] = attack(victim if surrogate is None else surrogate, x[part], (y if targets is None else targets)[part])
+        _check_range("given", out[part])
     right = judge(victim, out, y, draws=draws, batch_size=batch_size)
     return out, right & (before > 0) if draws == 1 else right, before
+
+
+def _check_range(name: str, x_adv: Tensor) -> None:
+    low, high = torch.stack(x_adv.aminmax()).tolist()
+    if not (low >= 0 and high <= 1):  # NaN would count as a fall
+        raise ValueError(f"the attack {name!r} gave pixels from {low:g} to {high:g}, outside [0, 1]: it must clip, and give no NaN")
 
 
 def _parts(index: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -127,14 +135,15 @@ class Parts:
     """What an adversary knows of a defence beyond its logits. Everything is optional; what is missing leaves out the rungs that need it.
 
     classifier: the undefended classifier, attacked by one who does not know the defence. restorer: with classifier, the defence is
-    classifier(restorer(x)), which BPDA takes apart. surrogates: models to transfer from, robust ones too. random: the defence draws at random.
-    paper: the paper's own white-box attacks, name to function of (model, x, y); adaptive: further ones made for this defence. differentiable=False
-    leaves out end-to-end gradients."""
+    classifier(restorer(x)), which BPDA takes apart. surrogates: models to transfer from, robust ones too. random: the defence draws at
+    random, per_call: once a pass and not once an image. paper: the paper's own white-box attacks, name to function of (model, x, y); adaptive:
+    further ones made for this defence. differentiable=False leaves out end-to-end gradients."""
 
     classifier: nn.Module | None = None
     restorer: nn.Module | None = None
     surrogates: Sequence[nn.Module] = ()
     random: bool = False
+    per_call: bool = False
     differentiable: bool = True
     paper: Mapping[str, Callable] = field(default_factory=dict)
     adaptive: Mapping[str, Callable] = field(default_factory=dict)
@@ -152,6 +161,7 @@ class Ladder:
 
 
 BLACK = ("transfer", "query")
+AUTOATTACK = 100  # steps at most of its stages, which is what the attack is defined with
 
 
 def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str = "linf",
@@ -162,7 +172,7 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
         return partial(pgd, eps=eps, norm=norm, steps=budget.steps, restarts=budget.restarts, loss=loss, keep=keep, generator=generator)
 
     def averaged(model: Model) -> Model:
-        return eot(model, budget.samples) if parts.random else model
+        return eot(model, budget.samples, apart=parts.per_call) if parts.random else model
 
     steps: list[tuple[str, str, Callable, Model | None]] = []
     if parts.classifier is not None:
@@ -179,10 +189,10 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
     if parts.differentiable and isinstance(defence, nn.Module) and any(isinstance(m, nn.ReLU) for m in defence.modules()):
         steps.append(("bpda", "pgd-ce smooth", strong(), averaged(bpda(defence, nn.Identity(), smooth(defence)))))  # judged by the defence itself
     if parts.differentiable:
-        common = {"eps": eps, "norm": norm, "steps": min(100, budget.steps), "generator": generator}
+        common = {"eps": eps, "norm": norm, "steps": min(AUTOATTACK, budget.steps), "generator": generator}
         steps.append(("autoattack", "apgd-ce", partial(apgd, **common), averaged(defence)))
         if parts.random:
-            steps.append(("autoattack", "apgd-dlr", partial(apgd, loss=dlr, **common), averaged(defence)))
+            steps.append(("autoattack", "apgd-dlr", partial(apgd, loss=dlr_or_margin, **common), averaged(defence)))
         else:
             steps += [("autoattack", "apgd-t", partial(apgd_targets, **common), defence),
                       ("autoattack", "fmn", partial(fmn_targets, eps=eps, norm=norm, steps=common["steps"]), defence)]
@@ -203,8 +213,9 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
     own work. drop=False lets every rung face all images, so that a row's value is that attack's own strength, `worst` the accuracy left. A random
     defence (parts.random) stands where the majority of `draws` fresh draws is right; an image is attacked as long as any of them is, the attack that
     leaves it the fewest right answers is kept, and the last row is the mean accuracy over fresh draws of those. `watch` is shown the ladder as it
-    stands after each rung. ValueError where an attack leaves the ball."""
+    stands after each rung. ValueError where an attack leaves the ball or the range [0, 1]."""
     core.check_images(x, y)
+    core.check_mode(defence)
     x, y = x[: budget.images], y[: budget.images]
     draws = draws if parts.random else 1
 
@@ -224,8 +235,9 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
             x_adv = attack(defence if model is None else model, x[part], y[part])
             delta = (x_adv - x[part]).flatten(1)
             moved = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
-            if moved[i := int(moved.argmax())] > eps * 1.0001 + 1e-6:
+            if not moved[i := int(moved.argmax())] <= eps * 1.0001 + 1e-6:  # NaN fails too
                 raise ValueError(f"attack {name!r} moved image {int(part[i])} by {moved[i]:.4g} in {norm}, beyond eps = {eps:g}: it must project")
+            _check_range(name, x_adv)
             right = share(x_adv, y[part])
             own[part] = up = right > 0.5
             lower = right < least[part]
@@ -236,7 +248,7 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
                 fell_to[i] = f"{threat}: {name}"
         kept = standing if drop else own
         row = score(kept[None]) | {"worst": standing.double().mean().item(), "tried": len(index), "fell": int((stood & ~kept).sum())}
-        steps = {"query": budget.queries, "paper": None, "adaptive": None}.get(threat, budget.steps)  # those bring their own
+        steps = {"query": budget.queries, "autoattack": min(AUTOATTACK, budget.steps), "paper": None, "adaptive": None}.get(threat, budget.steps)
         rows.append(base | {"threat": threat, "attack": name, "steps": steps, "rung": number} | row
                     | {"seconds": round(time.perf_counter() - start, 3)})
         if watch is not None:

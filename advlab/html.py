@@ -41,7 +41,8 @@ def exporter():
 
 def export(profile: str) -> Path:
     """Pages of every executed notebook runs/<profile>/<data set>/NN_slug.ipynb in runs/<profile>/report/, and their index, whose path it returns.
-    FileNotFoundError where none has run. Links between notebooks lead to their pages, links to other files to the files."""
+    FileNotFoundError where none has run. Links between notebooks lead to their pages, or to the notebook where it has
+    not run; links to other files to the files."""
     import nbformat
     from pygments.formatters import HtmlFormatter
 
@@ -51,11 +52,17 @@ def export(profile: str) -> Path:
         raise FileNotFoundError(f"no notebook has run with profile {profile}; make reproduce PROFILE={profile} first")
     style = STYLE + HtmlFormatter().get_style_defs(".highlight")
     back = Path(os.path.relpath(paths.home(), folder / "any")).as_posix()
+    pages = {file.stem: file.parent.name for file in executed}  # of a notebook that ran on several data sets, the last; a page's own comes first
     for file in executed:
+        own = pages | {other.stem: file.parent.name for other in executed if other.parent == file.parent}
+
+        def page_of(link: re.Match, own: dict = own) -> str:
+            return f'href="../{own[link[1]]}/{link[1]}.html"' if link[1] in own else f'href="{back}/notebooks/{link[1]}.ipynb"'
+
         notebook = nbformat.read(file, as_version=4)
         title = next((c.source.splitlines()[0].lstrip("# ") for c in notebook.cells if c.cell_type == "markdown"), file.stem)
         body = re.sub("(?s)<script.*?</script>", "", made.from_notebook_node(notebook)[0])  # of progress bars and other widgets
-        body = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', body).replace('href="../', f'href="{back}/')
+        body = re.sub(r'href="(\d\d_\w+)\.ipynb"', page_of, body.replace('href="../', f'href="{back}/'))
         page = PAGE.format(title=html.escape(title), style=style, body=f'<p><a href="../index.html">all notebooks</a></p>{body}')
         report.write_atomic(folder / file.parent.name / f"{file.stem}.html", page.encode())
         lines.append(f'<tr><td><a href="{file.parent.name}/{file.stem}.html">{html.escape(title)}</a></td><td>{file.parent.name}</td></tr>')

@@ -25,8 +25,7 @@ CLEAN = {"no defence": 0.8, "AT": 0.6, "defence": 0.5}  # clean accuracy below w
 
 def documents(profile: str) -> dict[tuple[str, str], dict]:
     """The valid results files of a profile by (notebook, data set); those of the notebooks 90 to 99, which are made from others, left out."""
-    folder = report.target("results", profile, "any", "x").parent.parent
-    found = sorted(f for f in folder.glob("*/[0-8][0-9]_*.json"))
+    found = sorted(f for f in paths.stored("results", profile).glob("*/[0-8][0-9]_*.json"))
     return {(f.stem, f.parent.name): report.load_results(f.stem, profile=profile, dataset=f.parent.name) for f in found}
 
 
@@ -50,8 +49,8 @@ def _entry(e: dict, profile: str, dataset: str | None, rows: list[dict]) -> dict
     verdict = next((r for r in rows if r["system"] == "verdict"), {})
     measured = [r for r in rows if r["system"] != "verdict" and r.get("source") != "printed in the paper"]
     sizes = [r["n"] for r in measured if r["n"] and r["threat"] != "adaptive"]  # our attack on more images does not complete the paper's exhibit
-    where = report.target("results", profile, dataset or "none", f"{e['notebook']}.json")
-    figure = report.target("figures", profile, dataset or "none", f"{e['notebook']}-{e['figure']}.png")
+    where, figure = (paths.stored(kind, profile) / (dataset or "none") / f"{e['notebook']}{end}"
+                     for kind, end in (("results", ".json"), ("figures", f"-{e['figure']}.png")))
     return {
         "exhibit": e["id"], "paper": e["paper"], "title": e["exhibit"], "what": e["what"], "profile": profile, "dataset": dataset,
         "claim": verdict.get("claim"), "measure": _measure(e["paper"], measured), "rows": len(measured), "n": max(sizes, default=None),

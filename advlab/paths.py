@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent  # the checkout: notebooks/ and committed results live here
+COMMITTED = ("standard", "paper")  # profiles whose results and figures are part of the checkout
 
 
 def home() -> Path:
@@ -37,6 +38,15 @@ def results(profile: str, dataset: str) -> Path:
 
 def figures(profile: str, dataset: str) -> Path:
     return home() / "figures" / profile / dataset
+
+
+def stored(kind: str, profile: str) -> Path:
+    """Where to read a profile's "results" or "figures": the folder that runs write to or, where none of a COMMITTED profile has run there, the
+    checkout's. Below it lie folders of data sets."""
+    if profile == "smoke":
+        return home() / "runs" / profile
+    ours = profile not in COMMITTED or results(profile, "any").parent.is_dir()
+    return (home() if ours else SOURCE) / {"results": "data/results", "figures": "figures"}[kind] / profile
 
 
 def runs(profile: str, dataset: str) -> Path:

@@ -60,7 +60,7 @@ def sources(name: str, running: str = "") -> list[str]:
             found[module], further = _module(module)
             todo |= further - set(found)
     if "advlab.readme" in found:
-        files = sorted(f for profile in {"standard", "paper"} - {running} for f in paths.results(profile, "any").parent.glob("*/[0-8]*.json"))
+        files = sorted(f for profile in {*paths.COMMITTED} - {running} for f in paths.stored("results", profile).glob("*/[0-8]*.json"))
         found["published results"] = _digest(*(f"{f.name} {json.loads(f.read_text(encoding='utf-8')).get('rows')}" for f in files))
     return [f"code {_digest(ast.dump(tree), *magic)}", *(f"{module} {digest}" for module, digest in sorted(found.items()))]
 
@@ -192,12 +192,14 @@ def run(wanted: Sequence[str] = (), *, profile: str = "quick", dataset: str | No
     while process.poll() is None:
         with contextlib.suppress(KeyboardInterrupt):  # Snakemake gets it too, and tidies up
             process.wait()
-    if refresh:
-        for name, copy in copies.items():
-            if copy.with_suffix(".done").exists():
+    failed = [copy.with_suffix(".failed").read_text() for copy in copies.values() if copy.with_suffix(".failed").exists()]
+    for name, copy in copies.items() if refresh else ():
+        if copy.with_suffix(".done").exists():
+            try:
                 _refresh(copy, paths.notebooks() / f"{name}.ipynb")
-    if process.returncode:
-        failed = [copy.with_suffix(".failed").read_text() for copy in copies.values() if copy.with_suffix(".failed").exists()]
+            except SeriesError as error:
+                failed.append(str(error))
+    if process.returncode or failed:
         done = sum(copy.with_suffix(".done").exists() for copy in copies.values())
         raise SeriesError("\n".join([*failed, f"{done} of {len(steps)} notebooks are done; Snakemake's messages above say what stopped the "
                                       "rest (a lock left by a killed run: `make resume`)"]))

@@ -107,6 +107,7 @@ def save_results(notebook: str, rows: Iterable[dict], *, run: dict, profile: str
 def load_results(notebook: str, *, profile: str, dataset: str, where: Path | None = None) -> dict:
     """Read and validate what `save_results` wrote. Raises FileNotFoundError saying how to make it, SchemaError for a damaged file."""
     path = target("results", profile, dataset, f"{notebook}.json", where)
+    path = path if where else paths.stored("results", profile) / dataset / path.name
     if not path.exists():
         raise FileNotFoundError(f"no results at {path}; run notebook {notebook} with profile {profile} and data set {dataset} first")
     try:

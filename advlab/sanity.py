@@ -85,7 +85,9 @@ def gradients(model: Model, x: Tensor, y: Tensor) -> dict:
     with core.attacking(model):
         try:
             _, _, grad = core.gradient(model, x, y, core.cross_entropy)
-        except ValueError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:
             return row("gradients", False, 0.0, 1.0, str(error))
     usable = (torch.isfinite(grad).flatten(1).all(1) & (grad.flatten(1) != 0).any(1)).double().mean().item()
     zeros = (grad == 0).double().mean().item()

@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,8 @@ def plan(wanted: Sequence[str], profile: str, dataset: str | None, given: Mappin
         values = overrides(name, profile, asked.get("dataset")) | own
         steps.append((name, {k: v for k, v in values.items() if known[k] != v}))
     for kind in {values.get("dataset", parameters(name).get("dataset")) for name, values in steps} - {None, "skimage10"}:
+        if not re.fullmatch(r"\w[\w.-]*", kind):
+            raise SeriesError(f"a run takes a data set by its name, which its results get, not {kind!r}; $ADVLAB_DATA names the folder of NAME.npz")
         from advlab import data  # imports torch, which takes seconds: not for the embedded set
 
         try:

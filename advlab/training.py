@@ -185,7 +185,7 @@ def fit(model: nn.Module, step: Step, data, *, epochs: int, batch_size: int = 12
         def save(every: float = 0.0) -> None:
             nonlocal saved_at
             if checkpoint and not rank and time.monotonic() - saved_at >= every:
-                _check_finite(run)
+                _check_finite(run, model)
                 write(checkpoint, seal({"key": key, "run": run} | {name: part.state_dict() for name, part in parts.items()}))
                 saved_at = time.monotonic()
 
@@ -216,7 +216,7 @@ def fit(model: nn.Module, step: Step, data, *, epochs: int, batch_size: int = 12
                         bar.set_postfix(epoch=run["epoch"] + 1, loss=f"{_check_finite(run):.4f}", refresh=False)
                     bar.update()
                     save(every=save_every)
-                _check_finite(run)
+                _check_finite(run, model)
                 run["seconds"] = time.perf_counter() - start
                 _reseed(where, seed, run["epoch"], "evaluate")
                 with evaluating(model), torch.no_grad():
@@ -329,13 +329,17 @@ def _add(totals: dict, n: int, values: dict, where: torch.device) -> None:
     """Sums over images, kept on the device; in double precision where it has that."""
     dtype = torch.float32 if where.type == "mps" else torch.float64
     for name, value in values.items():
-        totals[name] = totals.get(name, 0) + n * torch.as_tensor(value, device=where).detach().to(dtype)
+        value = value.detach() if isinstance(value, Tensor) else torch.full((), value, device=where)  # a copy would wait for the GPU
+        totals[name] = totals.get(name, 0) + n * value.to(where, dtype)
 
 
-def _check_finite(run: dict) -> float:
+def _check_finite(run: dict, model: nn.Module | None = None) -> float:
     loss = (run["totals"]["loss"] / run["totals"]["images"]).item() if run["totals"] else 0.0
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss became {loss} in epoch {run['epoch'] + 1}, by step {run['step']}; lower lr, or check the data for NaN")
+    if bad := [name for name, p in (model.named_parameters() if model is not None else ()) if not p.isfinite().all()]:
+        raise FloatingPointError(f"{bad[0]} is no longer finite in epoch {run['epoch'] + 1}, by step {run['step']}, under a finite loss: its "
+                                 "gradient was not; look for a square root, logarithm or division of zero in the step")
     return loss
 
 

@@ -88,7 +88,7 @@ def side_by_side(roles: Sequence[str], data: Dataset, profile: str, **options) -
 
 
 def _train(data: Dataset, profile: str, role: str, **options) -> None:
-    shared(role, data, profile, **options, progress=False)
+    shared(role, data, profile, **options | {"progress": False})
 
 
 def prepare(roles: Sequence[str], profile: str, dataset: str | None = None, given: Mapping | None = None) -> None:

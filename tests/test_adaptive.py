@@ -104,6 +104,26 @@ def test_soft_sign_and_relu_keep_their_value_and_have_the_derivative_they_claim(
         torch.testing.assert_close(torch.autograd.grad(out.sum(), v)[0], slope.detach())
 
 
+def test_a_model_that_draws_once_a_pass_is_averaged_over_passes():
+    class Once(nn.Module):
+        def forward(self, v):
+            drawn.append(torch.randn(()))
+            return v.flatten(1)[:, :2] + drawn[-1]
+
+    drawn, x = [], torch.rand(3, 1, 2, 2)
+    apart = eot(Once(), 5, apart=True)(x)
+    assert len(drawn) == 5
+    torch.testing.assert_close(apart, x.flatten(1)[:, :2] + torch.stack(drawn).mean())
+    drawn.clear()
+    eot(Once(), 5, apart=True, chunk=2)(x)
+    assert len(drawn) == 10  # two chunks for each of five
+
+
+def test_smooth_replaces_a_relu_that_is_used_twice():
+    relu = nn.ReLU()
+    assert [type(m).__name__ for m in smooth(nn.Sequential(nn.Linear(2, 2), relu, nn.Linear(2, 2), relu))] == ["Linear", "SoftReLU"] * 2
+
+
 def test_soft_max_pool_keeps_its_value_and_spreads_its_gradient():
     v = torch.rand(2, 3, 4, 4, requires_grad=True)
     out = SoftMaxPool(nn.MaxPool2d(2), 0.5)(v)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from advlab import __main__, audit, evaluation, report
+from advlab.attacks import eot
 from advlab.defenses import masked
 from tests.helpers import closest, linear_model
 
@@ -125,6 +126,18 @@ def test_a_random_defence_is_found_out(linear):
     model, x, y = linear
     assert audit.examined(nn.Sequential(masked.RandomView(), model), evaluation.Parts(), x, y, 3).random
     assert not audit.examined(model, evaluation.Parts(), x, y, 3).random
+    shift = torch.Generator().manual_seed(0)
+    once = nn.Sequential(Function(lambda v: v + 0.3 * torch.randn(v.shape[1:], generator=shift)), model)
+    each = nn.Sequential(Function(lambda v: v + 0.3 * torch.randn(v.shape, generator=shift)), model)
+    assert [audit.examined(m, evaluation.Parts(), x, y, 3).per_call for m in (once, each, model)] == [True, False, False]
+    ways = evaluation.rungs(once, audit.examined(once, evaluation.Parts(), x, y, 3), BUDGET, eps=EPS)
+    assert all(m.apart for *_, m in ways if isinstance(m, eot))
+
+
+class Function(nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
 
 
 class Detached(nn.Module):
@@ -143,6 +156,16 @@ def test_without_any_gradient_queries_remain(linear):
     found = audit.audit(Detached(model), evaluation.Parts(), x, y, BUDGET, **QUIET)
     assert [r["threat"] for r in found.climbed.rows] == ["none", "query", "worst case"] and found.curves == []
     assert [c["check"] for c in found.checks if not c["passed"]] == ["gradients", "white box is strongest"]
+    defence, parts = audit.opened((nn.Hardtanh(0, 1), Detached(model)))
+    found = audit.audit(defence, parts, x, y, BUDGET, **QUIET)
+    assert [r["threat"] for r in found.climbed.rows] == ["none", "query", "worst case"]
+
+
+def test_a_backward_pass_that_fails_is_told_in_the_report(linear):
+    model, x, y = linear
+    found = audit.audit(nn.Sequential(Function(lambda v: v.sigmoid().mul_(2)), model), evaluation.Parts(), x, y, BUDGET, **QUIET)
+    (check,) = [c for c in found.checks if c["check"] == "gradients"]
+    assert not check["passed"] and "inplace operation" in check["reading"] and "inplace operation" in audit.text(found)
 
 
 class Interrupted(nn.Module):

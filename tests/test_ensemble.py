@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from advlab.attacks import apgd, core, dlr, fgsm, pgd
-from advlab.attacks.ensemble import apgd_targets, autoattack, predict, strongest
+from advlab.attacks.ensemble import apgd_targets, autoattack, fmn_targets, predict, strongest
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,35 @@ def test_autoattack_leaves_nothing_behind_and_repeats_itself(net, batch):
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None and p.requires_grad for p in net.parameters())
 
 
-def test_targeted_stage_tries_one_class_after_another(net, batch):
-    x, y = batch
-    one, five = (int(stands(net, apgd_targets(net, x, y, eps=0.03, steps=20, targets=k), y).sum()) for k in (1, 5))
-    assert five <= one
+def test_targeted_stage_tries_one_class_after_another():
+    """Class 1 is the likeliest wrong one and cannot be reached, class 2 just can, where all four pixels rise by nearly 0.1."""
+    layer = nn.Linear(4, 5)
+    layer.weight.data.zero_()
+    layer.weight.data[2] = 3.0
+    layer.bias.data = torch.tensor([0.0, -0.1, -1.0 - 3 * 4 * 0.5, -20.0, -20.0])
+    x, y = torch.full((3, 1, 2, 2), 0.5), torch.zeros(3, dtype=torch.int64)
+    flat = nn.Sequential(nn.Flatten(), layer).eval()
+    for eps in (0.1, torch.tensor([0.1, 0.1, 0.1])):
+        assert [int(stands(flat, apgd_targets(flat, x, y, eps=eps, steps=20, targets=k), y).sum()) for k in (1, 2)] == [3, 0]
+    assert stands(flat, apgd_targets(flat, x, y, eps=torch.tensor([0.1, 0.05, 0.1]), steps=20), y).tolist() == [False, True, False]
+
+
+def test_results_have_no_graph_and_a_model_in_training_mode_is_refused_before_its_buffers_move(net, batch):
+    x, y = batch[0].clone().requires_grad_(), batch[1]
+    whole = [partial(attack, eps=0.03) for attack in (partial(autoattack, steps=2, queries=2), apgd_targets, fmn_targets)]
+    for attack in (*whole, partial(strongest, attacks={"fgsm": partial(fgsm, eps=0.03)})):
+        assert not attack(net, x, y).requires_grad
+        live = nn.Sequential(nn.BatchNorm2d(3), net)
+        with pytest.raises(ValueError, match="training mode"):
+            attack(live, x, y)
+        assert live[0].num_batches_tracked == 0
+
+
+def test_two_classes_have_no_third_logit():
+    x, flat = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0)), nn.Sequential(nn.Flatten(), nn.Linear(4, 2)).eval()
+    flat[1].weight.data, flat[1].bias.data = torch.tensor([[1.0] * 4, [-1.0] * 4]), torch.tensor([-2.0, 2.0])
+    y = flat(x).argmax(1)
+    assert not stands(flat, autoattack(flat, x, y, eps=1.0, version="rand", steps=10, samples=2), y).any()
 
 
 def test_the_random_version_breaks_a_noisy_model(net, batch):

@@ -149,6 +149,22 @@ def test_the_smooth_rung_is_judged_by_a_defence_that_takes_gradients_itself(net,
     assert torch.allclose(ours, twins)
 
 
+@pytest.mark.parametrize(("attack", "words"), [(lambda m, x, y: x * torch.nan, "nan"), (lambda m, x, y: x - 0.3, "must clip")])
+def test_an_attack_that_gives_nan_or_leaves_the_range_fells_nobody(net, batch, attack, words):
+    x, y = batch
+    with pytest.raises(ValueError, match=words):
+        ladder(net, Parts(adaptive={"wrong": attack}), evaluation.Budget(9, 2, 1, 1, 2), x, y, eps=0.3)
+    with pytest.raises(ValueError, match=r"outside \[0, 1\]"):
+        robustness(net, attack, x, y)
+
+
+def test_rows_say_how_many_steps_autoattack_ran(net, batch):
+    x, y = batch
+    rows = ladder(net, Parts(), evaluation.Budget(2, 101, 1, 1, 2), x, y, eps=0.001).rows
+    steps = {r["attack"]: r["steps"] for r in rows}
+    assert steps == steps | {"pgd-ce": 101, "apgd-ce": 100, "fmn": 100, "square": 2}
+
+
 def test_dropping_changes_no_verdict(net, batch):
     kept, dropped = (ladder(net, Parts(), SMALL, *batch, eps=0.05, drop=d).standing for d in (False, True))
     assert torch.equal(kept, dropped)

@@ -139,6 +139,9 @@ def test_true_positives_at_a_false_positive_rate():
     rate, cut = detection.tpr_at(clean, adv, 0.1)
     assert rate == 0.75 and (clean >= cut).float().mean() <= 0.1 and (adv >= cut).float().mean() == 0.75
     assert detection.tpr_at(clean, adv, 1.0)[0] == 1
+    inf = torch.inf  # a harmless image that nothing exceeds: none is found without it
+    assert detection.tpr_at(torch.tensor([inf, 0, 0, 0]), torch.tensor([1.0, 2.0]), 0.05) == (0.0, inf)
+    assert detection.auc(torch.tensor([inf, 0.0]), torch.tensor([inf, 0.0])) == detection.auc(torch.tensor([inf]), torch.tensor([inf])) == 0.5
     assert detection.best_threshold(clean, adv) == 8.5  # three quarters found, a tenth of the clean ones flagged; the next below flags two tenths
     with pytest.raises(ValueError, match="between 0 and 1"):
         detection.tpr_at(clean, adv, 5)

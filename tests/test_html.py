@@ -20,19 +20,20 @@ def made(tmp_path, monkeypatch):
     folder = paths.runs("smoke", "skimage10")
     folder.mkdir(parents=True)
     png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-    text = r"# 01 · A title < b" + "\n\n" + r"$\frac{a}{b}$ and `$ADVLAB_DATA`, see [02](02_b.ipynb), [file](../data/x.json), [paper](https://arxiv.org/abs/1)"
+    text = r"# 01 · A title < b" + "\n\n" + r"$\frac{a}{b}$ and `$ADVLAB_DATA`, see [02](02_b.ipynb), [03](03_c.ipynb), [file](../data/x.json), [paper](https://arxiv.org/abs/1)"
     formulas = r"| $x_t$ |" + "\n| --- |\n" + r"| $\nabla_x \mathcal{L}$ |" + "\n\n" + r"$$\arg\min_i p_i G_i = 0$$"
     cells = [new_markdown_cell(text), new_markdown_cell(formulas),
              new_code_cell("1 + 1", outputs=[new_output("display_data", {"image/png": png}), new_output("stream", text="a < b"),
                                               new_output("display_data", {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}})])]
-    for name in ("01_a", "02_b"):
-        nbformat.write(new_notebook(cells=cells), folder / f"{name}.ipynb")
+    (folder.parent / "mnist").mkdir()
+    for place in ("skimage10/01_a", "skimage10/02_b", "mnist/01_a"):
+        nbformat.write(new_notebook(cells=cells), folder.parent / f"{place}.ipynb")
     return html.export("smoke")
 
 
 def test_every_notebook_has_a_page_and_the_index_leads_to_it(made):
     links = re.findall(r'href="([^"]+)"', made.read_text())
-    assert links == ["skimage10/01_a.html", "skimage10/02_b.html"] and all((made.parent / link).exists() for link in links)
+    assert sorted(links) == ["mnist/01_a.html", "skimage10/01_a.html", "skimage10/02_b.html"] and all((made.parent / link).exists() for link in links)
     assert "01 · A title &lt; b" in made.read_text()
 
 
@@ -48,7 +49,10 @@ def test_pages_fetch_nothing_and_formulas_are_drawn_by_the_browser(made):
 
 def test_links_lead_to_pages_and_files(made):
     page = (made.parent / "skimage10" / "01_a.html").read_text()
-    assert 'href="02_b.html"' in page and 'href="../../../../data/x.json"' in page
+    for place in ("skimage10", "mnist"):  # where a notebook has not run on a page's data set, its page of another one
+        assert 'href="../skimage10/02_b.html"' in (made.parent / place / "01_a.html").read_text()
+    assert 'see <a href="../skimage10/02_b.html">' in page and 'href="../../../../notebooks/03_c.ipynb"' in page
+    assert 'href="../../../../data/x.json"' in page
     assert (made.parent / "skimage10" / "../../../..").resolve() == paths.home()
 
 

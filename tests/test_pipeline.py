@@ -276,6 +276,16 @@ def test_a_failure_is_named_others_go_on_and_resume_does_the_rest(checkout):
 
 
 @pytest.mark.slow
+def test_a_failure_is_told_although_a_later_notebook_cannot_be_refreshed(checkout):
+    run(checkout)
+    for name, line in (("10_one", "assert n == 5, 'too few'"), ("11_two", "x = 1"), ("20_other", "print('fresh')")):
+        work(checkout, name, line)
+    message = run(checkout, "--refresh", code=1)
+    assert "AssertionError: too few" in message and "11_two.ipynb was made from another version" in message
+    assert "fresh" in str(nbformat.read(checkout / "notebooks/20_other.ipynb", as_version=4).cells[-1].outputs)
+
+
+@pytest.mark.slow
 def test_committed_results_do_not_count_as_done(checkout):
     place = checkout / "data/results/standard/skimage10"
     place.mkdir(parents=True)

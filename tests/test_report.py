@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from advlab import paths, plots, report
+from advlab import ledger, paths, plots, report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -38,6 +38,20 @@ def save(rows, notebook="10_hgd_denoisers", profile="quick", dataset="skimage10"
 
 def files(folder):
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_where_a_committed_profile_has_not_run_the_checkouts_results_are_read(home):
+    first = {"notebook": "00_data_and_classifiers", "profile": "standard", "dataset": "fashion_mnist"}
+    assert report.load_results(**first)["run"]["profile"] == "standard"
+    assert ("00_data_and_classifiers", "fashion_mnist") in ledger.documents("standard")
+    assert paths.stored("figures", "standard") == paths.SOURCE / "figures" / "standard"
+    with pytest.raises(FileNotFoundError):
+        report.load_results(**first, where=home)
+    save([make()], profile="standard", dataset="mnist")  # from now on one's own, and nothing mixed
+    assert list(ledger.documents("standard")) == [("10_hgd_denoisers", "mnist")]
+    with pytest.raises(FileNotFoundError, match="run notebook 00_data"):
+        report.load_results(**first)
+    assert paths.stored("results", "quick") == home / "data" / "results" / "quick" and paths.stored("figures", "smoke") == home / "runs" / "smoke"
 
 
 # --- rows -----------------------------------------------------------------------------------------

@@ -276,7 +276,8 @@ def test_the_code_attack_brings_the_code_nearer_and_stays_in_its_ball(pieces, pl
     assert (x_adv - x).abs().max() <= 0.1 + 1e-6
     goal = encoding(restorer, pool[s2s.guides(restorer, x, y, pool, labels, count=1)[0]])[0]
     before, after = ((encoding(restorer, v)[0] - goal).norm(dim=1) for v in (x, x_adv))
-    assert places or (after < before).all()
+    if not places:  # else the code competes with the places
+        assert (after < before).all()
 
 
 def encoding(restorer, v):

@@ -56,6 +56,7 @@ def test_a_notebook_is_picked_by_number_name_or_file(folder, wanted):
     (["run", "07"], "unknown notebook '07'; the series has 00_first, 01_second"),
     (["run", "--profile", "fast"], "unknown profile 'fast'; choose one of quick, smoke"),
     (["run", "--dataset", "imagined"], "imagined"),
+    (["run", "--dataset", "/a/folder/mnist.npz"], "a data set by its name, which its results get, not '/a/folder/mnist.npz'"),
     (["run", "-p", "rte=1.0"], "no parameter 'rte' (from the command line); did you mean 'rate'?"),
     (["run", "-p", "n=many"], "parameter 'n' of 00_first takes a int, got 'many'"),
     (["run", "-p", "flag=1"], "parameter 'flag' of 00_first takes a bool, got 1"),

@@ -366,6 +366,37 @@ def test_a_loss_that_is_not_finite_is_named_and_not_saved(tmp_path):
     assert (saved["run"]["epoch"], saved["run"]["step"]) == (1, 1) and all(v.isfinite().all() for v in saved["model"].values())
 
 
+def nan_gradient(model, x, y, generator):
+    """A finite loss whose gradient is not, at a chosen step: the square root of 0."""
+    EVENTS["countdown"] -= 1
+    loss, metrics = standard(model, x, y, generator)
+    return loss + ((model[-1].weight * 0).sum().abs().sqrt() if EVENTS["countdown"] == 0 else 0), metrics
+
+
+def test_weights_that_are_not_finite_are_named_and_not_saved(tmp_path):
+    EVENTS["countdown"] = 5
+    with pytest.raises(FloatingPointError, match="6\\.weight is no longer finite in epoch 2, by step 2"):
+        fit(network(), nan_gradient, make_data(), checkpoint=tmp_path / "run.partial", save_every=0.0, **QUICK)
+    assert all(v.isfinite().all() for v in from_bytes((tmp_path / "run.partial").read_bytes()[:-32])["model"].values())
+    EVENTS["countdown"] = 6  # the very last step
+    with pytest.raises(FloatingPointError):
+        load_or_fit("bad", build, nan_gradient, make_data(), folder=tmp_path, **QUICK)
+    assert not list(tmp_path.glob("bad*.pt"))
+
+
+def test_a_file_that_cannot_be_read_now_is_left_where_it_is(tmp_path, monkeypatch):
+    load_or_fit("tiny", build, standard, make_data(), folder=tmp_path, **QUICK)
+    before = sorted(tmp_path.iterdir())
+
+    def busy(path):
+        raise OSError(24, "Too many open files", str(path))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many"):
+        patch.setattr(Path, "read_bytes", busy)
+        load_or_fit("tiny", build, standard, make_data(), folder=tmp_path, **QUICK)
+    assert sorted(tmp_path.iterdir()) == before and load_or_fit("tiny", build, standard, make_data(), folder=tmp_path, **QUICK)[1]["cached"]
+
+
 def test_a_full_disk_is_reported_and_leaves_the_checkpoint(tmp_path, monkeypatch):
     """A limit on the size of files makes the second save fail half way, as a full disk would."""
     resource = pytest.importorskip("resource")

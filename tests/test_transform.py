@@ -265,6 +265,8 @@ def test_f_a_learns_on_g_and_f_b_stays_as_it_is(tiny):
     again, info = transform.defended(tiny, g, profile="smoke", progress=False)
     assert info["cached"] and torch.equal(again.classifier.logits.weight, defence.classifier.logits.weight)
     control, _ = transform.defended(tiny, Transform(nn.Identity(), **VARIANTS["noise"]), profile="smoke", progress=False)
+    other, _ = transform.defended(tiny, Transform(nn.Identity(), **VARIANTS["noise"], delta=0.05), profile="smoke", progress=False)
+    assert other.restorer.delta == 0.05 and control.restorer.delta == 0.2
     assert not torch.equal(control.classifier.logits.weight, defence.classifier.logits.weight)
 
 

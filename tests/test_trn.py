@@ -387,6 +387,12 @@ def test_radial_spectrum_finds_a_wave():
     assert (white - 1).abs().max() < 0.15  # unit variance: unit power at every frequency
 
 
+def test_spectra_of_double_precision_and_of_images_too_small_for_a_peak():
+    assert trn.radial_spectrum(torch.rand(2, 1, 14, 14, dtype=torch.float64)).dtype == torch.float64
+    with pytest.raises(ValueError, match="up to frequency 7 has no peak from 8 on"):
+        trn.peaks(trn.radial_spectrum(torch.rand(2, 1, 14, 14)))
+
+
 def test_peaks_are_grids_and_not_a_smooth_decay():
     decay = 1 / (1 + torch.arange(17.0)) ** 4
     assert decay[8:].max() > 3 * decay[8:].median() and trn.peaks(decay)[0] == []

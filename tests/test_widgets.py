@@ -228,6 +228,18 @@ def test_other_images_and_models_leave_the_controls_as_they_were(model, images, 
     assert explorer.controls["eps"].value == 3.0 and explorer.controls["model"].layout.display == "none"
 
 
+def test_what_was_begun_for_other_models_is_not_kept(model, images, other):
+    explorer = widgets.AttackExplorer({"net": model}, *images, CLASSES)
+    settle(explorer)
+
+    def late():
+        explorer.replace(models={"net": other})  # while this is being worked out
+        return "of the old network"
+
+    assert explorer.remember("answer", late) == "of the old network" and "answer" not in explorer.kept
+    settle(explorer)
+
+
 def test_what_cannot_be_drawn_says_why_and_shows_no_picture(model, images):
     explorer = widgets.AttackExplorer(model, *images, CLASSES)
     settle(explorer)
@@ -251,6 +263,18 @@ def test_any_function_will_do_and_bad_input_is_refused_at_once(model, images):
     leaves = widgets.AmplificationExplorer(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(784, 6)).eval(), x, y)
     settle(leaves)
     assert list(leaves.controls["layer"].options) == ["pixels", "0", "1", "2", "3"]
+
+
+def test_a_browsers_curve_is_of_one_norm_and_rounding_and_lies_on_its_axis(model, images):
+    row = {"exhibit": "study", "system": "none", "threat": "paper", "attack": "cw", "unit": "accuracy", "value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    rows = [row | {"norm": "linf", "eps": 76.5 / 255, "rounded": True}, row | {"norm": "linf", "eps": 4 / 255, "rounded": False},
+            row | {"norm": "l2", "eps": 1.0}]
+    browser = widgets.ComparisonBrowser([report.row(**r) for r in rows], {"none": model}, *images, CLASSES)
+    (points,) = browser.curves(widgets.Job(lambda: False, print), "none", "paper", 4.0).values()
+    assert [round(p[0], 3) for p in points] == [76.5]
+    browser.controls["threat"].value = "paper"
+    fig, *_ = browser.draw(widgets.Job(lambda: False, print), model="none", image=0, threat="paper", eps=4)
+    assert fig.axes[0].get_xlim()[1] > 76.5
 
 
 def test_a_browser_without_rows_attacks_now_and_its_curve_counts_what_fell(model, images):

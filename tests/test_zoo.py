@@ -45,7 +45,7 @@ def test_classifiers_trained_side_by_side_are_the_same_bits(train, monkeypatch, 
 def test_without_room_for_two_nothing_is_trained_side_by_side(train, monkeypatch, tmp_path):
     monkeypatch.setattr("advlab.series.cores", lambda: 1)
     monkeypatch.setenv("ADVLAB_HOME", str(tmp_path))
-    zoo.side_by_side(["target", "partner"], train, "smoke")
+    zoo.side_by_side(["target", "partner"], train, "smoke", progress=True)
     assert not list(tmp_path.rglob("*.pt"))
 
 

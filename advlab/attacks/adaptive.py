@@ -60,18 +60,21 @@ class eot(nn.Module):
 
     over="logits" averages the logits, so that a loss is taken of the mean; over="probabilities" returns the logarithm of the mean
     softmax, whose cross-entropy is that of the expected probability. The n draws run as one batch of n B images, `chunk` images at a
-    time when given."""
+    time when given; apart=True makes them n passes of B images, for a model that draws once a pass and not once an image."""
 
-    def __init__(self, model: Model, n: int, *, over: str = "logits", chunk: int | None = None):
+    def __init__(self, model: Model, n: int, *, over: str = "logits", chunk: int | None = None, apart: bool = False):
         super().__init__()
         core.check_steps(n=n)
         core.check_choice("over", over, ("logits", "probabilities"))
-        self.model, self.n, self.over, self.chunk = _hold(model), n, over, chunk
+        self.model, self.n, self.over, self.chunk, self.apart = _hold(model), n, over, chunk, apart
 
     def forward(self, x: Tensor) -> Tensor:
-        many = x.repeat_interleave(self.n, 0)
+        many = x.repeat_interleave(1 if self.apart else self.n, 0)
         parts = many.split(self.chunk) if self.chunk else (many,)
-        logits = torch.cat([self.model(part) for part in parts]).unflatten(0, (len(x), self.n))
+        if self.apart:
+            logits = torch.stack([torch.cat([self.model(part) for part in parts]) for _ in range(self.n)], 1)
+        else:
+            logits = torch.cat([self.model(part) for part in parts]).unflatten(0, (len(x), self.n))
         if self.over == "logits":
             return logits.mean(1)
         return logits.log_softmax(2).logsumexp(1) - torch.tensor(float(self.n), device=x.device).log()
@@ -122,9 +125,10 @@ def smooth(model: nn.Module, temperature: float = 0.1) -> nn.Module:
     twin = copy.deepcopy(model, shared)
     if isinstance(twin, nn.ReLU):
         return SoftReLU(temperature)
-    spots = [(parent, name, child) for parent in twin.modules() for name, child in parent.named_children()]
     count = 0
-    for parent, name, child in spots:
+    for path, child in [*twin.named_modules(remove_duplicate=False)]:  # a layer that is used twice has two names
+        before, _, name = path.rpartition(".")
+        parent = twin.get_submodule(before)
         if isinstance(child, nn.ReLU):
             parent.add_module(name, SoftReLU(temperature))
         elif isinstance(child, nn.MaxPool2d) and not child.ceil_mode:
@@ -166,7 +170,7 @@ def unflagged(logits: Tensor, y: Tensor, targeted: bool = False) -> Tensor:
 
 def rejecting(model: Model) -> Callable[[Tensor], Tensor]:
     """An `aware` model as one of L + 1 classes whose last one wins exactly where the image is flagged (Carlini and Wagner, arXiv
-    1705.07263): with the logits shifted to be positive, its value is (flag + 1) times the largest of them."""
+    1705.07263), its flag above 0: with the logits shifted to be positive, its value is (flag + 1) times the largest of them."""
 
     def forward(x: Tensor) -> Tensor:
         out = model(x)

@@ -50,6 +50,11 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def dlr_or_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """`dlr`, or for two classes, which have no third logit, the margin."""
+    return dlr(logits, y) if logits.shape[1] > 2 else margin(logits, y)
+
+
 def dlr_targeted(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """Targeted difference of logits ratio, (B,), to be ascended: z_target - z_y over z_(1) - (z_(3) + z_(4)) / 2 (arXiv 2003.01690)."""
     if logits.shape[1] < 4:
@@ -116,17 +121,22 @@ def check_logits(logits: Tensor, x: Tensor, y: Tensor) -> None:
         raise ValueError("the model returns probabilities (every row sums to 1); attacks need logits: leave out the softmax")
 
 
+def check_mode(model: Model) -> None:
+    """Raise ValueError for a model with batch norm or dropout in training mode, before a pass through it moves its buffers."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    live = [m for m in modules if m.training and isinstance(m, _NormBase | _DropoutNd)]
+    if live:
+        raise ValueError(f"the model has {len(live)} layers such as {type(live[0]).__name__} in training mode; call model.eval() first")
+
+
 @contextmanager
 def attacking(model: Model) -> Iterator[None]:
     """Freeze the parameters for the length of an attack, so that no gradient of theirs is ever computed, and put them back afterwards.
 
     Raises ValueError for a model with batch norm or dropout left in training mode: its answers would depend on the rest of the batch and
     its buffers would drift. A callable that is no nn.Module is used as it is."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    live = [m for m in modules if m.training and isinstance(m, _NormBase | _DropoutNd)]
-    if live:
-        raise ValueError(f"the model has {len(live)} layers such as {type(live[0]).__name__} in training mode; call model.eval() first")
-    thawed = [p for p in (model.parameters() if modules else ()) if p.requires_grad]
+    check_mode(model)
+    thawed = [p for p in (model.parameters() if isinstance(model, nn.Module) else ()) if p.requires_grad]
     for p in thawed:
         p.requires_grad_(False)
     try:
@@ -225,6 +235,6 @@ def random_start(x: Tensor, eps: Tensor, norm: str, generator: torch.Generator) 
 
 def finish(x_adv: Tensor) -> Tensor:
     """The attack's answer, detached; a ValueError if a NaN in the gradient has reached it."""
-    if not torch.isfinite(x_adv.sum()):
+    if not torch.isfinite(x_adv.sum(dtype=torch.float32)):  # in half precision a sum overflows
         raise ValueError("the attack met NaN or infinite gradients; look for a square root, logarithm or division of zero in the model")
     return x_adv.detach()

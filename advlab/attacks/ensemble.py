@@ -9,7 +9,7 @@ from torch import Tensor
 from advlab.attacks import core
 from advlab.attacks.adaptive import eot
 from advlab.attacks.blackbox import square
-from advlab.attacks.core import Model, cross_entropy, dlr, margin
+from advlab.attacks.core import Model, cross_entropy, dlr_or_margin, margin
 from advlab.attacks.gradient import apgd
 from advlab.attacks.minimal import fmn
 
@@ -29,8 +29,10 @@ def strongest(model: Model, x: Tensor, y: Tensor, *, attacks: Mapping[str, Attac
     An image that the model misclassifies already comes back unchanged. attacks maps names to functions of (model, x, y); `trace`, a
     list, gets one (name, images tried, images that fell) for each of them."""
     core.check_images(x, y)
+    core.check_mode(model)
     if not attacks:
         raise ValueError("no attack was given; pass attacks={'pgd': partial(pgd, eps=8 / 255)}")
+    x = x.detach()
     out, logits = x.clone(), predict(model, x, batch_size)
     core.check_logits(logits, x, y)
     alive = (~core.fooled(logits, y, targeted)).nonzero().squeeze(1)
@@ -67,7 +69,7 @@ def autoattack(model: Model, x: Tensor, y: Tensor, *, eps, norm: str = "linf", v
     if version == "rand":
         model = eot(model, samples)
         stages = {"apgd-ce": partial(apgd, steps=steps, loss=cross_entropy, **common),
-                  "apgd-dlr": partial(apgd, steps=steps, loss=dlr, **common)}
+                  "apgd-dlr": partial(apgd, steps=steps, loss=dlr_or_margin, **common)}
     else:
         stages = {"apgd-ce": partial(apgd, steps=steps, loss=cross_entropy, **common),
                   "apgd-t": partial(apgd_targets, steps=steps, targets=targets, **common),
@@ -82,34 +84,38 @@ def apgd_targets(model: Model, x: Tensor, y: Tensor, *, eps, targets: int = 9, g
     """APGD-T: apgd towards the likeliest wrong class, then the next for the images that still stand, `targets` of them.
 
     With fewer than four classes, for which the targeted difference of logits ratio is not defined, the margin is used instead."""
+    core.check_mode(model)
     generator = core.default_generator(x, generator)
     if predict(model, x[:1]).shape[1] < 4:
         return apgd(model, x, y, eps=eps, loss=margin, generator=generator, **options)
 
-    def attack(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    def attack(x: Tensor, y: Tensor, target: Tensor, eps: Tensor) -> Tensor:
         return apgd(model, x, y, eps=eps, targets=target, generator=generator, **options)
 
-    return _one_class_after_another(attack, model, x, y, targets)
+    return _one_class_after_another(attack, model, x, y, targets, eps)
 
 
 def fmn_targets(model: Model, x: Tensor, y: Tensor, *, eps: float, targets: int = 9, norm: str = "linf", steps: int = 100) -> Tensor:
     """The minimal-norm stage of autoattack: fmn towards the likeliest wrong classes in turn, as FAB-T (arXiv 1907.02044) does, for the images
     that still stand. Answers further away than eps come back as the image itself."""
-    def attack(x: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    core.check_mode(model)
+
+    def attack(x: Tensor, y: Tensor, target: Tensor, eps: Tensor) -> Tensor:
         x_adv = fmn(model, x, target, steps=steps, norm=norm, targeted=True)
         delta = (x_adv - x).flatten(1)
         near = (delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)) <= eps * (1 + 1e-6)
         return torch.where(core.rows(near), core.project(x_adv, x, core.check_budget(eps, x), norm), x)
 
-    return _one_class_after_another(attack, model, x, y, targets)
+    return _one_class_after_another(attack, model, x, y, targets, eps)
 
 
-def _one_class_after_another(attack: Attack, model: Model, x: Tensor, y: Tensor, targets: int) -> Tensor:
-    logits, out = predict(model, x), x.clone()
+def _one_class_after_another(attack: Attack, model: Model, x: Tensor, y: Tensor, targets: int, eps: float | Tensor) -> Tensor:
+    x = x.detach()
+    logits, out, eps = predict(model, x), x.clone(), core.check_budget(eps, x).flatten()
     ranked = core.others(logits, y).argsort(1, descending=True)
     alive = torch.arange(len(x), device=x.device)
     for k in range(min(targets, logits.shape[1] - 1)):
-        out[alive] = attack(x[alive], y[alive], ranked[alive, k])
+        out[alive] = attack(x[alive], y[alive], ranked[alive, k], eps[alive])
         alive = alive[~core.fooled(predict(model, out[alive]), y[alive])]
         if not len(alive):
             break

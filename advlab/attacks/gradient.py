@@ -79,7 +79,7 @@ def _attack(model, x, y, eps, *, steps, norm, loss, targeted, step_size=None, sh
     with core.attacking(model):
         if restarts == 1:
             return core.finish(walk(x, y, eps, step)[0])
-        best, worst = x.clone(), torch.full(x.shape[:1], -torch.inf, device=x.device)
+        best, worst = x.clone(), _lowest(x)
         alive = torch.arange(len(x), device=x.device)
         for attempt in range(restarts):
             ys = y[alive]
@@ -89,7 +89,7 @@ def _attack(model, x, y, eps, *, steps, norm, loss, targeted, step_size=None, sh
             score, fell = judged
             better = score > worst[alive]
             best[alive] = torch.where(core.rows(better), x_t, best[alive])
-            worst[alive] = torch.where(better, score, worst[alive])
+            worst[alive] = torch.where(better, score, worst[alive]).to(worst.dtype)
             alive = alive[~fell]
             if not len(alive):
                 break
@@ -102,6 +102,11 @@ def _judge(model, x, y, objective, done) -> tuple[Tensor, Tensor]:
         logits = model(x)
         fell = done(logits, y)
         return _score(objective(logits, y), fell), fell
+
+
+def _lowest(x: Tensor) -> Tensor:
+    """A score (B,) that every loss exceeds, in the images' precision but no less than float32."""
+    return torch.full(x.shape[:1], -torch.inf, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
 
 
 def _score(value: Tensor, fell: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ def _walk(model, x, y, x_t, eps, step, steps, norm, objective, done, keep, decay
     """`steps` steps from x_t. Returns the images kept and, unless keep is "last", their scores and whether they fool the model."""
     ball, bad = core.ball(x, eps, norm), torch.zeros((), device=x.device)  # bad: not finite once a gradient was not; a sign would hide it
     velocity = torch.zeros_like(x_t) if decay is not None else None
-    best, score = x_t.clone() if keep != "last" else None, torch.full(x.shape[:1], -torch.inf, device=x.device)
+    best, score = x_t.clone() if keep != "last" else None, _lowest(x)
     alive = torch.arange(len(x), device=x.device)
     for t in range(steps):
         logits, value, grad = core.gradient(model, x_t, y, objective, check=y if check and t == 0 else None)
@@ -128,7 +133,7 @@ def _walk(model, x, y, x_t, eps, step, steps, norm, objective, done, keep, decay
         elif keep == "first":
             fell = done(logits, y)
             best[alive] = x_t
-            score[alive] = _score(value, fell)
+            score[alive] = _score(value, fell).to(score.dtype)
             if fell.any():
                 velocity = velocity[~fell] if velocity is not None else None
                 alive, y, x_t, step, grad, *ball = core.select(~fell, alive, y, x_t, step, grad, *ball)
@@ -144,7 +149,7 @@ def _walk(model, x, y, x_t, eps, step, steps, norm, objective, done, keep, decay
     if len(alive):
         last, _ = _judge(model, x_t, y, objective, done)
         if keep == "first":
-            best[alive], score[alive] = x_t, last
+            best[alive], score[alive] = x_t, last.to(score.dtype)
         else:
             best, score = _keep_better(best, score, x_t, last)
     return best, (score, score == torch.inf)
@@ -170,11 +175,13 @@ def apgd(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, norm: str
     core.check_steps(steps=steps, restarts=restarts)
     core.check_choice("norm", norm, core.NORMS)
     eps, generator, sign = core.check_budget(eps, x), core.default_generator(x, generator), -1.0 if targeted else 1.0
+    if targets is not None and (targets.shape != y.shape or targets.min() < 0):
+        raise ValueError(f"targets are one class for each of the {len(x)} images, 0 or more; got shape {tuple(targets.shape)}, least {targets.min()}")
     if targets is not None and (targets == y).any():
         raise ValueError(f"a target equals its label, at image {int((targets == y).nonzero()[0])}; choose another class")
     x = x.detach()
     best, alive = x.clone(), torch.arange(len(x), device=x.device)
-    peak = torch.full(x.shape[:1], -torch.inf, device=x.device)
+    peak = _lowest(x)
     with core.attacking(model):
         for attempt in range(restarts):
             def objective(logits: Tensor, index: Tensor) -> Tensor:  # index: positions in the batch
@@ -185,7 +192,7 @@ def apgd(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, norm: str
             x_t, value, done = _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generator, check=attempt == 0)
             better = done | (value > peak[alive])
             best[alive] = torch.where(core.rows(better), x_t, best[alive])
-            peak[alive] = torch.maximum(value, peak[alive])
+            peak[alive] = torch.maximum(value, peak[alive]).to(peak.dtype)
             alive = alive[~done]
             if not len(alive):
                 break
@@ -204,7 +211,7 @@ def _checkpoints(steps: int) -> set[int]:
 
 def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generator, check):
     """One run from a random point of the ball's surface. Returns images, greatest losses and verdicts in the order of `alive`."""
-    out, top = x[alive].clone(), torch.full(alive.shape, -torch.inf, device=x.device)
+    out, top = x[alive].clone(), _lowest(x)[alive]
     verdict = torch.zeros(alive.shape, dtype=torch.bool, device=x.device)
     at, index = torch.arange(len(alive), device=x.device), alive  # positions in `out` and in the batch
     xs, es, bad = x[index], eps[index], torch.zeros((), device=x.device)
@@ -230,7 +237,7 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
         f_best, f_old = torch.where(rose, value, f_best), value
         if done.any():
             left, *fallen = core.select(done, at, x_t, f_best)
-            out[left], top[left], verdict[left] = *fallen, True
+            out[left], top[left], verdict[left] = fallen[0], fallen[1].to(top.dtype), True
             at, index, x_t, x_old, x_best, grad, g_best, step, ups, rose, halved, f_old, f_best, f_mark, *ball = core.select(
                 ~done, at, index, x_t, x_old, x_best, grad, g_best, step, ups, rose, halved, f_old, f_best, f_mark, *ball)
         x_best, g_best = (torch.where(core.rows(rose), a, b) for a, b in ((x_t, x_best), (grad, g_best)))
@@ -244,6 +251,6 @@ def _apgd_run(model, x, y, alive, eps, steps, norm, objective, targeted, generat
         z = _climb(x_t, grad, step, ball, norm)
         x_new = torch.lerp(x_t, z, 0.75).add_(x_t - x_old, alpha=0.25) if t else z
         x_old, x_t = x_t, core.within(x_new, *ball, norm) if t else z
-    out[at], top[at] = x_best, f_best
+    out[at], top[at] = x_best, f_best.to(top.dtype)
     core.finish(bad)
     return out, top, verdict

@@ -8,6 +8,7 @@ images whose most sensitive pixels were replaced at random (eqs. 13-14), the oth
 - The detectors see S on a fixed logarithmic scale, 0 at 1e-12 and 1 at 1, never normalised by image, since its size is the signal.
 - alpha of eq. 13 is a threshold, and masks less the larger it is, yet text and Fig. 5 treat it as a masking rate: `suspects` has both, the rate is
   the default. Random values have mean and deviation of the image over all channels and replace a suspect with probability 1/2.
+- Both are trained with a weight decay of 5e-4.
 - Its untargeted white box is "a two-stage scheme" without details: `two_stage`.
 - f_rec answers with the mean softmax over 10 fresh masks. DET_sal (Zhang et al. 2018) is our reading: |gradient| of the predicted logit at stages 2
   and 4 of f, mean over channels, stacked with the image."""

@@ -105,7 +105,8 @@ def pool(models: Sequence[nn.Module], x: Tensor, *, extra: Sequence[str] = EXTRA
 
 
 def last_stage(classifier: nn.Module) -> str:
-    """The name of the last convolutional stage, before global pooling, whose output guides FGD."""
+    """The name of the last convolutional stage, before global pooling, whose output guides FGD. That of VGG11 ends with a pool of its own: at 28 and
+    32 pixels one place is left, so that its FGD compares the pooled feature, a weaker guide than the paper's."""
     names = [name for name, _ in classifier.named_children()]
     return names[names.index("pooled") - 1]
 

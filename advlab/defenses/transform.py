@@ -28,6 +28,7 @@ from advlab.attacks import core
 from advlab.attacks.adaptive import bpda, smooth, straight_through
 from advlab.attacks.ensemble import predict
 from advlab.attacks.gradient import pgd
+from advlab.checkpoints import describe
 from advlab.data import Dataset
 from advlab.models import classifier, folded, seeded
 
@@ -190,8 +191,8 @@ def defended(data: Dataset, g: Transform, *, profile: str, epochs: int = 0, seed
 
     if not recipe["warm"]:
         return fitted("f_a", g, f_a, epochs or recipe["epochs"])
-    noisy, before = fitted("f_a-noise", Transform(nn.Identity(), **VARIANTS["noise"]), f_a, recipe["warm"])
-    if not g.steps:
+    noisy, before = fitted("f_a-noise", Transform(nn.Identity(), **VARIANTS["noise"], seed=seed), f_a, recipe["warm"])
+    if describe(g) == describe(noisy.restorer):
         return noisy, before
     model, record = fitted("f_a", g, noisy.classifier, epochs or recipe["epochs"])
     return model, record | {"seconds": before["seconds"] + record["seconds"]}
@@ -199,6 +200,7 @@ def defended(data: Dataset, g: Transform, *, profile: str, epochs: int = 0, seed
 
 def expected(g: nn.Module, x: Tensor, *, samples: int, batch_size: int = 512) -> tuple[Tensor, Tensor]:
     """Two independent means of samples / 2 draws of g(x), (B, C, H, W) each: their mean estimates E g(x), half their distance is its noise floor."""
+    core.check_steps(pairs=samples // 2)
     draws = predict(g, x.repeat_interleave(2 * (samples // 2), 0), batch_size)
     return tuple(draws.unflatten(0, (len(x), 2, -1)).mean(2).unbind(1))
 

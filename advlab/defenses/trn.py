@@ -224,12 +224,16 @@ def radial_spectrum(delta: Tensor) -> Tensor:
     power = torch.fft.fft2(delta).abs().square().mean((0, 1)).flatten() / delta[0, 0].numel()
     down, across = (torch.fft.fftfreq(s, 1 / s, device=delta.device) for s in delta.shape[-2:])
     radius = (down[:, None] ** 2 + across**2).sqrt().round().long().flatten()
-    return (torch.zeros(int(radius.max()) + 1, device=delta.device).index_add(0, radius, power) / radius.bincount())[: delta.shape[-2] // 2 + 1]
+    total = torch.zeros(int(radius.max()) + 1, dtype=power.dtype, device=delta.device).index_add(0, radius, power)
+    return (total / radius.bincount())[: delta.shape[-2] // 2 + 1]
 
 
 def peaks(spectrum: Tensor, *, start: int = 8, ratio: float = 2.0) -> tuple[list[int], float, int]:
     """Where a spectrum of `radial_spectrum` shows a grid: the frequencies from `start` on with more than `ratio` times the mean power of their two
-    neighbours (the last: of its one neighbour), then the largest such quotient and its frequency. A smooth decay has none."""
+    neighbours (the last: of its one neighbour), then the largest such quotient and its frequency. A smooth decay has none. ValueError for a spectrum
+    that ends before `start`."""
+    if len(spectrum) <= start:
+        raise ValueError(f"a spectrum up to frequency {len(spectrum) - 1} has no peak from {start} on; give larger images, or a lower start")
     neighbours = torch.cat([(spectrum[:-2] + spectrum[2:]) / 2, spectrum[-2:-1]])
     quotients = (spectrum[1:] / neighbours.clamp_min(1e-30))[start - 1 :]
     found = (quotients > ratio).nonzero().squeeze(1) + start

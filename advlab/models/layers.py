@@ -1,6 +1,7 @@
 """Building blocks that the networks share, and named layers of any network by forward hooks.
 
-ReLUs are never in place: double backward and feature hooks must see what the layer before them gave out.
+ReLUs are never in place: double backward and feature hooks must see what the layer before them gave out. The exception is torchvision's Inception v3,
+whose units call a function in place: its stages can be read, a batch norm inside them cannot, and `attacks.adaptive.smooth` finds no ReLU there.
 """
 
 import copy

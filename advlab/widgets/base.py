@@ -174,10 +174,11 @@ class ImageExplorer(Explorer):
         controls["image"].value, controls["image"].max = min(controls["image"].value, len(x) - 1), len(x) - 1
 
     def remember(self, key, make: Callable):
-        """make(), once for each key until images or models change."""
-        if key not in self.kept:
-            self.kept[key] = make()
-        return self.kept[key]
+        """make(), once for each key until images or models change; what was begun before such a change is not kept after it."""
+        kept = self.kept
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
 
     def said(self, logits: Tensor) -> str:
         """The prediction of logits (1, L) with its probability, as "coffee 93 %"."""

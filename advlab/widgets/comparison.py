@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ipywidgets import IntSlider
 from torch import Tensor
 
-from advlab import evaluation, report
+from advlab import evaluation, paths, report
 from advlab.attacks import pgd
 from advlab.attacks.core import Model
 from advlab.attacks.ensemble import predict
@@ -18,7 +18,7 @@ GRID = 0.0, 1.0, 2.0, 4.0, 8.0, 16.0  # of 255
 
 def saved_rows(profile: str, dataset: str) -> list[dict]:
     """The rows of every notebook's results file for a profile and data set, [] where none has run; ValueError for a damaged file."""
-    files = sorted(report.target("results", profile, dataset, "x.json").parent.glob("[0-9][0-9]_*.json"))
+    files = sorted((paths.stored("results", profile) / dataset).glob("[0-9][0-9]_*.json"))
     return [r | {"notebook": file.stem[:2]} for file in files for r in report.load_results(file.stem, profile=profile, dataset=dataset)["rows"]]
 
 
@@ -29,7 +29,8 @@ class ComparisonBrowser(ImageExplorer):
     has one of that name; the same attack gives the curve of the threat "PGD-20, run now", on all images given."""
 
     def __init__(self, rows: Iterable[dict], models: Mapping[str, Model], x: Tensor, y: Tensor, classes: Sequence[str] | None = None):
-        self.rows = [r for r in rows if r["unit"] == "accuracy" and r["threat"] and None not in (r["eps"], r["low"], r["high"])]
+        self.rows = [r for r in rows if r["unit"] == "accuracy" and r["threat"] and None not in (r["eps"], r["low"], r["high"])
+                     and r["norm"] in ("linf", None) and r.get("rounded") is not False]  # one curve, one axis
         threat = choice("Threat", [""], "What the attacker knows and does")
         super().__init__(models, x, y, classes, {
             "threat": threat, "eps": slider(IntSlider, "ε (of 255)", "The budget at which images fall", 4, 0, 16, 1)})
@@ -82,7 +83,7 @@ class ComparisonBrowser(ImageExplorer):
             line(ax, k, at, [100 * v for v in value], name.split(", notebook")[0])
             ax.vlines(at, [100 * v for v in low], [100 * v for v in high], color=LOOKS[k][0], linewidth=1.2)
         ax.axvline(eps, color="#999999", linewidth=6, alpha=0.35, zorder=0)
-        ax.set(xlim=(-0.5, 16.5), ylim=(0, 102))
+        ax.set(xlim=(-0.5, max(16.0, *(p[0] for points in curves.values() for p in points)) + 0.5), ylim=(0, 102))
         ax.set_xlabel("ε (of 255)", fontsize=8.5, labelpad=1)
         ax.set_ylabel("accuracy (%)", fontsize=8.5, labelpad=1)
         ax.legend(fontsize=7.5, frameon=False)
