@@ -1,5 +1,6 @@
 """Black-box attacks on linear models, whose exact distances are known, and the contracts that every attack keeps."""
 
+import copy
 import math
 from functools import partial
 
@@ -351,3 +352,12 @@ def test_bad_input(name):
         attack(model, x, torch.full_like(y, 7))
     with pytest.raises(ValueError, match="training mode"):
         attack(nn.Sequential(nn.BatchNorm2d(1), model).train(), x, y)
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_runs_in_other_precisions(net, batch, name, dtype):
+    x, y = batch
+    model = copy.deepcopy(net).to(dtype)
+    x = x.to(dtype)
+    assert BOUNDED[name][0](model, x, y, eps=0.1).dtype == dtype

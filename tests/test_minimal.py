@@ -1,5 +1,6 @@
 """Minimum-norm attacks against linear models whose nearest adversarial point is known, and the contract that they all keep."""
 
+import copy
 from functools import partial
 from itertools import pairwise
 
@@ -254,3 +255,12 @@ def test_a_model_that_cannot_be_attacked_is_refused(net, batch, attack, wrap, wo
     with pytest.raises(ValueError, match=words):
         attack(wrap(net), *batch)
     assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_runs_in_other_precisions(net, batch, name, dtype):
+    x, y = batch
+    model = copy.deepcopy(net).to(dtype)
+    x = x.to(dtype)
+    assert ALL[name](model, x, y).dtype == dtype

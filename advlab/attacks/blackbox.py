@@ -251,7 +251,7 @@ def genattack(model: Model, x: Tensor, y: Tensor, *, eps, steps: int = 100, popu
             mothers, fathers = noise[torch.arange(len(xs), device=x.device)[:, None], drawn].chunk(2, 1)
             ours, theirs = chance.gather(1, drawn)[..., None, None, None].chunk(2, 1)
             children = torch.where(_share(mothers, generator) * (ours + theirs) < ours, mothers, fathers)
-            rate, reach = (torch.clamp(first * 0.9**plateaus, min=last).view(-1, 1, 1, 1, 1) for first, last in ((0.5, 0.1), (0.4, 0.15)))
+            rate, reach = (torch.clamp(first * 0.9**plateaus, min=last).to(x.dtype).view(-1, 1, 1, 1, 1) for first, last in ((0.5, 0.1), (0.4, 0.15)))
             children = children + (_share(children, generator) < rate) * reach * es * core.uniform(children, generator)
             noise = torch.cat([elite, children.clamp(-es, es)], 1)
             fit = torch.cat([peak, fitness(noise[:, 1:])], 1)

@@ -122,7 +122,7 @@ def ddn(model: Model, x: Tensor, y: Tensor, *, steps: int = 100, gamma: float = 
         raise ValueError(f"levels must be 2 or more, or None for no rounding, got {levels}")
 
     def move(decay, x, delta, eps, far, value, grad, hit, least):
-        eps = torch.minimum(eps * torch.where(hit, 1 - gamma, 1 + gamma), far)
+        eps = torch.minimum(eps * torch.where(hit, 1 - gamma, 1 + gamma).to(eps.dtype), far)
         delta = delta + (0.01 + 0.99 * decay) * core.steepest(grad, "l2")
         x_t = (x + delta * (core.rows(eps) / core.l2(delta).clamp_min(1e-12))).clamp_(0, 1)
         return eps, x_t if levels is None else x_t.mul_(levels - 1).round_().div_(levels - 1)
