@@ -136,11 +136,23 @@ def examined(defence: nn.Module, parts: Parts, x: Tensor, y: Tensor, classes: in
         with torch.no_grad():
             if not torch.allclose(parts.classifier(parts.restorer(x)), z, atol=1e-3, rtol=1e-3):
                 raise AuditError("the defence is not classifier(restorer(x)), so that BPDA would attack something else; give other parts, or none")
-    if parts.differentiable and not sanity.gradients(defence, x, y)["value"]:
+    if parts.differentiable and not _differentiable(defence, x, y):
         parts = replace(parts, differentiable=False)
-    if parts.classifier is not None and not sanity.gradients(parts.classifier, x, y)["value"]:
+    if parts.classifier is not None and not _differentiable(parts.classifier, x, y):
         parts = replace(parts, classifier=None, restorer=None)  # neither the oblivious attack nor BPDA has a gradient to follow
     return parts
+
+
+def _differentiable(model: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Whether a backward pass comes through, be its gradient zero."""
+    try:
+        with core.attacking(model):
+            core.gradient(model, x, y, core.cross_entropy)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
 # --- the audit ------------------------------------------------------------

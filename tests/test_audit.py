@@ -107,6 +107,7 @@ def test_shattered_gradients_are_told_and_cured_by_parts(linear):
     model, x, y = linear
     alone = audit.audit(nn.Sequential(masked.Quantise(4), model), evaluation.Parts(), x, y, BUDGET, **QUIET)
     words = audit.text(alone)
+    assert "end to end" in {r["threat"] for r in alone.climbed.rows}  # a gradient that is zero is one
     assert "checks failed" in alone.verdict() and "**gradients** (failed)" in words and "give `restorer` and `classifier`" in words
     defence, parts = audit.opened((masked.Quantise(4), model))
     known = audit.audit(defence, parts, x, y, BUDGET, **QUIET)
