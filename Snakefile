@@ -19,10 +19,6 @@ def place(name, suffix):  # below the working directory, so that runs/ can be mo
     return str(pipeline.copy_of(name, profile, values_of[name]).with_suffix(suffix).relative_to(root))
 
 
-def plain(path):  # braces in the checkout's own path are no wildcards
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
 # megabytes and minutes for the largest notebook of a profile; set-resources in a profile or on the command line changes them for one
 MEMORY = {"smoke": 2000, "quick": 3000, "standard": 6000, "paper": 24000}
 MINUTES = {"smoke": 30, "quick": 60, "standard": 360, "paper": 1440}
@@ -38,7 +34,7 @@ for name, values in values_of.items():
     rule:
         name: name
         input:
-            notebook=ancient(local(plain(paths.notebooks() / f"{name}.ipynb"))),
+            notebook=ancient(local(str(paths.notebooks() / f"{name}.ipynb"))),
             earlier=[place(n, ".done") for n in pipeline.before(name, values_of)],
         output: place(name, ".done")
         log: place(name, ".ipynb")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from advlab import data, gradients, zoo
+from advlab.__main__ import main
 from advlab.attacks import margin
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains one network at a time")
@@ -81,3 +82,10 @@ def test_magnitude_and_own_scale_by_hand():
     maps = gradients.magnitude(g)
     assert torch.equal(maps, torch.tensor([[[5.0, 1.0]], [[0.0, 0.0]]]))
     torch.testing.assert_close(gradients.own_scale(maps), torch.tensor([[[1.0, 0.2]], [[0.0, 0.0]]]))
+
+
+def test_training_on_a_damaged_archive_is_refused_in_words(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mnist.npz").write_text("no archive")
+    monkeypatch.setenv("ADVLAB_DATA", str(tmp_path))
+    assert main(["train", "--dataset", "mnist", "--profile", "smoke"]) == 1
+    assert "mnist.npz is damaged or no .npz archive" in capsys.readouterr().err
