@@ -161,7 +161,6 @@ class Ladder:
 
 
 BLACK = ("transfer", "query")
-AUTOATTACK = 100  # steps at most of its stages, which is what the attack is defined with
 
 
 def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str = "linf",
@@ -189,7 +188,7 @@ def rungs(defence: Model, parts: Parts, budget: Budget, *, eps: float, norm: str
     if parts.differentiable and isinstance(defence, nn.Module) and any(isinstance(m, nn.ReLU) for m in defence.modules()):
         steps.append(("bpda", "pgd-ce smooth", strong(), averaged(bpda(defence, nn.Identity(), smooth(defence)))))  # judged by the defence itself
     if parts.differentiable:
-        common = {"eps": eps, "norm": norm, "steps": min(AUTOATTACK, budget.steps), "generator": generator}
+        common = {"eps": eps, "norm": norm, "steps": min(100, budget.steps), "generator": generator}
         steps.append(("autoattack", "apgd-ce", partial(apgd, **common), averaged(defence)))
         if parts.random:
             steps.append(("autoattack", "apgd-dlr", partial(apgd, loss=dlr_or_margin, **common), averaged(defence)))
@@ -248,7 +247,8 @@ def ladder(defence: Model, parts: Parts, budget: Budget, x: Tensor, y: Tensor, *
                 fell_to[i] = f"{threat}: {name}"
         kept = standing if drop else own
         row = score(kept[None]) | {"worst": standing.double().mean().item(), "tried": len(index), "fell": int((stood & ~kept).sum())}
-        steps = {"query": budget.queries, "autoattack": min(AUTOATTACK, budget.steps), "paper": None, "adaptive": None}.get(threat, budget.steps)
+        spent = {} if threat in ("paper", "adaptive") else attack.keywords  # those bring their own
+        steps = spent.get("queries", spent.get("steps"))
         rows.append(base | {"threat": threat, "attack": name, "steps": steps, "rung": number} | row
                     | {"seconds": round(time.perf_counter() - start, 3)})
         if watch is not None:

@@ -337,8 +337,9 @@ def _check_finite(run: dict, model: nn.Module | None = None) -> float:
     loss = (run["totals"]["loss"] / run["totals"]["images"]).item() if run["totals"] else 0.0
     if not math.isfinite(loss):
         raise FloatingPointError(f"the loss became {loss} in epoch {run['epoch'] + 1}, by step {run['step']}; lower lr, or check the data for NaN")
-    if bad := [name for name, p in (model.named_parameters() if model is not None else ()) if not p.isfinite().all()]:
-        raise FloatingPointError(f"{bad[0]} is no longer finite in epoch {run['epoch'] + 1}, by step {run['step']}, under a finite loss: its "
+    if model is not None and not torch.stack([p.isfinite().all() for p in model.parameters()]).all():  # one wait for the GPU
+        bad = next(name for name, p in model.named_parameters() if not p.isfinite().all())
+        raise FloatingPointError(f"{bad} is no longer finite in epoch {run['epoch'] + 1}, by step {run['step']}, under a finite loss: its "
                                  "gradient was not; look for a square root, logarithm or division of zero in the step")
     return loss
 

@@ -1,5 +1,6 @@
 """For the tests of attacks: linear models whose nearest adversarial point is known, a counter of passes, a check of purity."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -91,3 +92,8 @@ def notebook(folder, name, *code, parameters='profile = "quick"\ndataset = "skim
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     cells = [v4.new_markdown_cell("# made"), v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(v4.new_code_cell, code)]
     write(v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+
+
+def in_precision(net, batch, dtype):
+    """The network, copied, and images of that dtype, with their labels."""
+    return copy.deepcopy(net).to(dtype), batch[0].to(dtype), batch[1]

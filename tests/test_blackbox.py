@@ -1,11 +1,11 @@
 """Black-box attacks on linear models, whose exact distances are known, and the contracts that every attack keeps."""
 
-import copy
 import math
 from functools import partial
 
 import pytest
 import torch
+from helpers import in_precision
 from torch import nn
 
 from advlab.attacks import core
@@ -357,7 +357,4 @@ def test_bad_input(name):
 @pytest.mark.parametrize("name", BOUNDED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_runs_in_other_precisions(net, batch, name, dtype):
-    x, y = batch
-    model = copy.deepcopy(net).to(dtype)
-    x = x.to(dtype)
-    assert BOUNDED[name][0](model, x, y, eps=0.1).dtype == dtype
+    assert QUERYING[name](*in_precision(net, batch, dtype), eps=0.1).dtype == dtype

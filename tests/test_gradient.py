@@ -1,11 +1,10 @@
 """Fixed-budget gradient attacks: against a linear model whose boundary is known, and the contract that every attack keeps."""
 
-import copy
 from functools import partial
 
 import pytest
 import torch
-from helpers import PassCounter, closest, linear_model, size
+from helpers import PassCounter, closest, in_precision, linear_model, size
 from torch import nn
 
 from advlab import attacks
@@ -132,9 +131,9 @@ def test_runs_under_no_grad(net, batch):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_runs_in_other_precisions(net, batch, name, dtype):
-    x, y = batch
-    x_adv = ALL[name](copy.deepcopy(net).to(dtype), x.to(dtype), y, eps=0.1)
-    assert x_adv.dtype == dtype and 0 < (x_adv - x.to(dtype)).abs().max() <= 0.1 + (0.004 if dtype == torch.bfloat16 else 1e-12)
+    model, x, y = in_precision(net, batch, dtype)
+    x_adv = ALL[name](model, x, y, eps=0.1)
+    assert x_adv.dtype == dtype and 0 < (x_adv - x).abs().max() <= 0.1 + (0.004 if dtype == torch.bfloat16 else 1e-12)
 
 
 @pytest.mark.parametrize("name", ALL)

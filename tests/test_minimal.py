@@ -1,12 +1,11 @@
 """Minimum-norm attacks against linear models whose nearest adversarial point is known, and the contract that they all keep."""
 
-import copy
 from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import PassCounter, assert_pure, closest, linear_model, size
+from helpers import PassCounter, assert_pure, closest, in_precision, linear_model, size
 from torch import nn
 
 from advlab.attacks.core import cross_entropy, margin
@@ -260,7 +259,4 @@ def test_a_model_that_cannot_be_attacked_is_refused(net, batch, attack, wrap, wo
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_runs_in_other_precisions(net, batch, name, dtype):
-    x, y = batch
-    model = copy.deepcopy(net).to(dtype)
-    x = x.to(dtype)
-    assert ALL[name](model, x, y).dtype == dtype
+    assert ALL[name](*in_precision(net, batch, dtype)).dtype == dtype
