@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     pages.add_argument("--profile", default="quick")
     options = parser.parse_args(arguments)
 
-    from advlab import pipeline, series
+    from advlab import paths, pipeline, series
 
     try:
         if options.command == "list":
@@ -66,14 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "audit":
             from advlab import audit
-            from advlab.data import DataError
 
             given = vars(options)
-            try:
-                audit.run(given["defence"], dataset=given["data"], **{k: given[k] for k in ("profile", "n", "eps", "norm", "surrogates", "name")},
-                          spend={part: given[part] for part in ("steps", "restarts", "samples", "queries")})
-            except (audit.AuditError, DataError) as error:
-                raise series.SeriesError(str(error)) from None
+            audit.run(given["defence"], dataset=given["data"], **{k: given[k] for k in ("profile", "n", "eps", "norm", "surrogates", "name")},
+                      spend={part: given[part] for part in ("steps", "restarts", "samples", "queries")})
             return 0
         if options.command == "readme":
             from advlab import readme
@@ -82,12 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if options.command == "train":
             from advlab import zoo
-            from advlab.data import DataError
 
-            try:
-                zoo.prepare(options.roles, options.profile, options.dataset, dict(map(assignment, options.given)))
-            except DataError as error:
-                raise series.SeriesError(str(error)) from None
+            zoo.prepare(options.roles, options.profile, options.dataset, dict(map(assignment, options.given)))
             return 0
         if options.command == "step":
             pipeline.step(options.name, options.profile, options.values, options.stamp)
@@ -95,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         pipeline.run(options.notebooks, profile=options.profile, dataset=options.dataset, given=dict(map(assignment, options.given)),
                      jobs=options.jobs, threads=options.threads, on=options.on, force=options.force, resume=options.resume, dry=options.dry_run,
                      refresh=options.refresh, further=further)
-    except (series.SeriesError, FileNotFoundError) as error:
+    except (paths.UserError, FileNotFoundError) as error:
         print(f"advlab: {error}", file=sys.stderr)
         return 1
     return 0

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from advlab.paths import UserError
+
 LAZY_BYTES = 4 * 2**30  # decoded images above this many bytes stay encoded until they are asked for
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -24,7 +26,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 DAMAGE = (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data set that is unknown, absent, damaged or of the wrong form."""
 
 

@@ -40,7 +40,7 @@ ENOUGH = 16  # images behind the checks: of fewer, hardly any outcome lies outsi
 WARNING = ("no gradients inside forward",)  # tells how to attack, not that the attack failed
 
 
-class AuditError(ValueError):
+class AuditError(paths.UserError):
     """A defence that cannot be audited; the message says why, and what to do."""
 
 

@@ -8,6 +8,10 @@ SOURCE = Path(__file__).resolve().parent.parent  # the checkout: notebooks/ and 
 COMMITTED = ("standard", "paper")  # profiles whose results and figures are part of the checkout
 
 
+class UserError(ValueError):
+    """What somebody can put right: the command line prints the message, without a traceback."""
+
+
 def home() -> Path:
     """The folder under which data/, figures/ and runs/ are written: `$ADVLAB_HOME`, else the checkout."""
     return Path(os.environ.get("ADVLAB_HOME") or SOURCE).expanduser().resolve()

@@ -20,7 +20,7 @@ from advlab import paths
 PROFILES = ("smoke", "quick", "standard", "paper")
 
 
-class SeriesError(ValueError):
+class SeriesError(paths.UserError):
     """An unknown notebook, profile or parameter, or a notebook that failed; the message says which, and what to do."""
 
 
@@ -135,8 +135,5 @@ def plan(wanted: Sequence[str], profile: str, dataset: str | None, given: Mappin
             raise SeriesError(f"a run takes a data set by its name, which its results get, not {kind!r}; $ADVLAB_DATA names the folder of NAME.npz")
         from advlab import data  # imports torch, which takes seconds: not for the embedded set
 
-        try:
-            data.find(kind)
-        except data.DataError as error:
-            raise SeriesError(str(error)) from None
+        data.find(kind)
     return steps
